@@ -1,0 +1,93 @@
+"""Entering a Ray cluster and counting what it has. The only place that starts, joins or stops Ray."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from ray.autoscaler.sdk import request_resources
+
+# Ray's own settings, unless the user has set them: answers in a quarter of a second, fewer lines of noise, and
+# no word home from a laptop. They are read when Ray's processes start.
+_ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The Ray this process is in. `is_own`: started by us on this machine, so it never grows."""
+
+    is_own: bool
+
+    def count_nodes(self) -> int:
+        return sum(node["Alive"] for node in ray.nodes())
+
+    def count(self, resource: str) -> int:
+        """Total of a resource ("CPU", "GPU") over the nodes alive now."""
+        return int(ray.cluster_resources().get(resource, 0))
+
+    def wait_for_room(self, bundles: Sequence[Mapping[str, float]], timeout_s: float) -> None:
+        """Return once the cluster has the resources of all `bundles` together.
+
+        A cluster that can grow is asked to and waited for, with a line that says for what. Raises ValueError
+        when our own one-machine cluster is too small, TimeoutError when the other stays so.
+        """
+        wanted: dict[str, float] = {}
+        for bundle in bundles:
+            for name, amount in bundle.items():
+                wanted[name] = wanted.get(name, 0) + amount
+
+        def lacking() -> str:
+            have = ray.cluster_resources()
+            short = {name: n for name, n in wanted.items() if have.get(name, 0) < n}
+            return ", ".join(f"{n:g} {name} (there are {have.get(name, 0):g})" for name, n in short.items())
+
+        cure = "ask for fewer workers (--workers.num_workers) or less for each (--workers.cpus_per_worker)"
+        if not lacking():
+            return
+        if self.is_own:
+            raise ValueError(f"this machine is too small: {len(bundles)} workers need {lacking()}; {cure}")
+        print(f"ray: waiting up to {timeout_s:.0f} s for {lacking()} ...", file=sys.stderr)
+        request_resources(bundles=[dict(b) for b in bundles])
+        deadline = time.monotonic() + timeout_s
+        try:
+            while missing := lacking():
+                if time.monotonic() > deadline:
+                    raise TimeoutError(
+                        f"after {timeout_s:.0f} s the cluster still lacks {missing}; {cure}, or add nodes"
+                    )
+                time.sleep(1.0)
+        finally:
+            request_resources(bundles=[])
+
+
+@contextmanager
+def connect() -> Iterator[Cluster]:
+    """Be inside a Ray cluster; on leaving, shut down what this call started and nothing else.
+
+    Joins the Ray this process is in already; else the cluster of RAY_ADDRESS (as set in a submitted job); else
+    starts a local one with its dashboard. Raises ConnectionError when RAY_ADDRESS does not answer.
+    """
+    address = os.environ.get("RAY_ADDRESS") or "local"  # "local" never attaches to some other Ray of this machine
+    if ray.is_initialized():
+        yield Cluster(is_own=address == "local")
+        return
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    print(f"ray: {'starting on this machine' if address == 'local' else f'joining {address}'} ...", file=sys.stderr)
+    try:
+        context = ray.init(address=address, logging_level="ERROR")
+        if context.dashboard_url:
+            print(f"ray: dashboard at http://{context.dashboard_url}", file=sys.stderr)
+        yield Cluster(is_own=address == "local")
+    finally:
+        ray.shutdown()

@@ -1,0 +1,7 @@
+"""`python -m rayllm` is `rayllm`."""
+
+import sys
+
+from rayllm.cli import main
+
+sys.exit(main())

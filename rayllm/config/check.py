@@ -1,0 +1,144 @@
+"""Combinations that no single field can rule out, as far as they need no cluster and no disk.
+
+Each is yielded as a Conflict whose message names key, value and cure; `load_config` adds where the values came from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rayllm.config.schema import (
+    BaseEvalConfig,
+    ImportNanochatConfig,
+    PretrainConfig,
+    SampleConfig,
+    TokenizeConfig,
+    TokenizerConfig,
+)
+from rayllm.model.config import SMEAR_GATE_CHANNELS
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """An impossible combination. ``keys`` are the dotted keys that take part, the one to change first."""
+
+    keys: tuple[str, ...]
+    message: str
+
+
+def find_conflicts(config: Any) -> Iterator[Conflict]:
+    """Everything about a valid tree that cannot work, the most basic first."""
+    yield from _empty_paths(config)
+    match config:
+        case TokenizerConfig():
+            yield from _tokenizer(config)
+        case TokenizeConfig():
+            yield from _tokenize(config)
+        case PretrainConfig():
+            yield from _model(config)
+            yield from _batch(config)
+        case SampleConfig() if not config.prompts:
+            yield Conflict(("prompts",), 'prompts=[] leaves nothing to continue; write --prompts="Once upon a time"')
+        case ImportNanochatConfig() if not config.source:
+            yield Conflict(("source",), "source is missing; give the directory of the nanochat checkpoint")
+
+
+def _empty_paths(config: Any) -> Iterator[Conflict]:
+    paths: dict[str, str | None]
+    match config:
+        case PretrainConfig():
+            paths = {"out": config.out, "data.shards": config.data.shards, "data.tokenizer": config.data.tokenizer}
+        case TokenizeConfig():
+            paths = {"out": config.out, "tokenizer": config.tokenizer}
+        case SampleConfig():
+            paths = {"checkpoint": config.checkpoint}
+        case BaseEvalConfig():
+            paths = {"checkpoint": config.checkpoint, "shards": config.shards, "out": config.out}
+        case _:
+            paths = {"out": config.out}
+    for key, path in paths.items():
+        if path is not None and not path.strip():
+            yield Conflict((key,), f"{key} is empty; write the path of a directory")
+
+
+def _tokenizer(config: TokenizerConfig) -> Iterator[Conflict]:
+    if config.kind == "bpe" and not config.sources:
+        yield Conflict(("sources",), "sources=[] leaves nothing to train on; write --sources=FILE, or --kind=byte")
+
+
+def _tokenize(config: TokenizeConfig) -> Iterator[Conflict]:
+    split = config.validation
+    if not config.sources:
+        yield Conflict(("sources",), "sources=[] leaves nothing to tokenize; write --sources=FILE")
+    if split.kind == "hash" and split.sources:
+        yield Conflict(
+            ("validation.sources", "validation.kind"),
+            f"validation.sources={list(split.sources)} is not read with validation.kind=hash; write "
+            "--validation.kind=sources to hold these out, or leave validation.sources empty",
+        )
+    if split.kind == "hash" and split.fraction == 1:
+        yield Conflict(
+            ("validation.fraction",), "validation.fraction=1 leaves nothing to train on; write a number below 1"
+        )
+    if split.kind == "sources" and not split.sources:
+        yield Conflict(
+            ("validation.kind",),
+            "validation.kind=sources needs validation.sources=[...]; name what to hold out, or write kind hash",
+        )
+
+
+def _model(config: PretrainConfig) -> Iterator[Conflict]:
+    shape = config.model
+    num_heads = math.ceil(config.depth * shape.aspect_ratio / shape.head_dim)
+    d_model = num_heads * shape.head_dim
+    if shape.head_dim % 2:
+        yield Conflict(
+            ("model.head_dim",),
+            f"model.head_dim={shape.head_dim} is odd, but rotary embeddings turn channels in pairs; "
+            f"write an even number, such as {shape.head_dim + 1}",
+        )
+    if d_model < SMEAR_GATE_CHANNELS:
+        yield Conflict(
+            ("depth", "model.aspect_ratio", "model.head_dim"),
+            f"depth={config.depth} makes a model of width {d_model}, and the least is {SMEAR_GATE_CHANNELS}; "
+            "raise depth, model.aspect_ratio or model.head_dim",
+        )
+    if shape.num_kv_heads and num_heads % shape.num_kv_heads:
+        divisors = [str(n) for n in range(1, num_heads + 1) if num_heads % n == 0]
+        yield Conflict(
+            ("model.num_kv_heads", "depth", "model.aspect_ratio", "model.head_dim"),
+            f"model.num_kv_heads={shape.num_kv_heads} does not divide the {num_heads} query heads "
+            f"(depth {config.depth} * aspect_ratio {shape.aspect_ratio} / head_dim {shape.head_dim}); "
+            f"write one of {', '.join(divisors)}, or null",
+        )
+
+
+def _batch(config: PretrainConfig) -> Iterator[Conflict]:
+    row, num_workers = config.model.sequence_len, config.workers.num_workers
+    tokens, unit = config.tokens_per_step, row * num_workers
+    if isinstance(tokens, int) and tokens % unit:
+        yield Conflict(
+            ("tokens_per_step", "model.sequence_len", "workers.num_workers"),
+            f"tokens_per_step={tokens} is not divisible by model.sequence_len {row} * workers.num_workers "
+            f"{num_workers} = {unit}; write --tokens_per_step={max(1, round(tokens / unit)) * unit}",
+        )
+    if config.eval_tokens < row:
+        yield Conflict(
+            ("eval_tokens", "model.sequence_len"),
+            f"eval_tokens={config.eval_tokens} is less than one row of model.sequence_len={row}; write at least {row}",
+        )
+    if config.horizon.kind == "steps" and config.horizon.value != int(config.horizon.value):
+        yield Conflict(
+            ("horizon.value", "horizon.kind"),
+            f"horizon.value={config.horizon.value:g} is no whole number of steps; write "
+            f"--horizon.value={math.ceil(config.horizon.value)}",
+        )
+    if config.workers.device == "mps" and num_workers > 1:
+        yield Conflict(
+            ("workers.num_workers", "workers.device"),
+            f"workers.num_workers={num_workers} is too many for workers.device=mps, which serves one process; write "
+            "--workers.num_workers=1 or --workers.device=cpu",
+        )

@@ -1,0 +1,119 @@
+"""The schema seen as a flat table of dotted keys: what loading, help and errors share."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+@dataclass(frozen=True)
+class ConfigField:
+    """One key of a stage's tree. ``default`` is that of the tree, which may differ from its group's own."""
+
+    key: str
+    annotation: Any
+    default: Any
+    doc: str
+
+    @property
+    def is_group(self) -> bool:
+        """Whether the key holds further keys instead of a value."""
+        return dataclasses.is_dataclass(self.annotation)
+
+
+def list_fields(schema: type) -> dict[str, ConfigField]:
+    """All fields of a stage by dotted key, in the order of the schema; a group stands before its members."""
+    return {field.key: field for field in _walk(schema())}
+
+
+def _walk(defaults: Any, prefix: str = "") -> Iterator[ConfigField]:
+    schema = type(defaults)
+    annotations = get_type_hints(schema, include_extras=True)
+    for name, described in schema.__pydantic_fields__.items():
+        default = getattr(defaults, name)
+        field = ConfigField(prefix + name, annotations[name], default, described.description or "")
+        yield field
+        if field.is_group:
+            yield from _walk(default, prefix=f"{field.key}.")
+
+
+def alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The members of a union, or the annotation alone."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def bare(annotation: Any) -> Any:
+    """The annotation without its `Annotated` bounds."""
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def element_of(annotation: Any) -> Any | None:
+    """What a list-valued field holds, or None for a field that holds no list."""
+    tuples = (bare(member) for member in alternatives(annotation) if get_origin(bare(member)) is tuple)
+    return next((get_args(member)[0] for member in tuples), None)
+
+
+def accepts(annotation: Any, kind: type) -> bool:
+    """Whether a scalar of `kind` (int, float, str, bool or NoneType) is one of the field's alternatives."""
+    return any(
+        bare(member) is kind
+        or (get_origin(member) is Literal and any(type(choice) is kind for choice in get_args(member)))
+        for member in alternatives(annotation)
+    )
+
+
+def choices_of(annotation: Any) -> tuple[Any, ...]:
+    """The words a field may hold, also inside a list; empty when it is not a choice."""
+    members = alternatives(element_of(annotation) or annotation)
+    return tuple(choice for member in members if get_origin(member) is Literal for choice in get_args(member))
+
+
+def describe_type(annotation: Any) -> str:
+    """A field's type in words, with its bounds: ``integer > 0 or null``, ``list of text``."""
+    return " or ".join(_describe_one(member) for member in alternatives(annotation))
+
+
+_WORDS = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
+
+
+def _describe_one(annotation: Any) -> str:
+    kind = bare(annotation)
+    if get_origin(kind) is Literal:
+        *others, last = map(format_value, get_args(kind))
+        return f"{', '.join(others)} or {last}" if others else last
+    if get_origin(kind) is tuple:
+        return f"list of {describe_type(get_args(kind)[0])}"
+    if dataclasses.is_dataclass(kind):
+        return "group of keys"
+    return _WORDS[kind] + _describe_bounds(annotation)
+
+
+def _describe_bounds(annotation: Any) -> str:
+    bounds: dict[str, Any] = {}
+    for constraint in get_args(annotation)[1:] if get_origin(annotation) is Annotated else ():
+        for rule in constraint.metadata:
+            bounds |= {name: getattr(rule, name) for name in ("gt", "ge", "lt", "le", "pattern") if hasattr(rule, name)}
+    if "pattern" in bounds:
+        return f" matching {bounds['pattern']}"
+    if "ge" in bounds and "le" in bounds:
+        return f" from {bounds['ge']} to {bounds['le']}"
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    return "".join(f" {signs[name]} {bound}" for name, bound in bounds.items())
+
+
+def format_value(value: Any) -> str:
+    """A value as one would write it in a recipe, on one line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(_quoted_in_list(format_value(v)) for v in value) + "]"
+    return str(value)
+
+
+def _quoted_in_list(text: str) -> str:
+    return f'"{text}"' if set(text) & set(",[]{}:#\"'") else text

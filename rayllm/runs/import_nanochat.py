@@ -1,0 +1,144 @@
+"""The `import-nanochat` stage: nanochat's checkpoint files become a checkpoint and tokenizer of ours.
+
+No code from a file runs: weights are read by torch's weights-only loader, and the pickled tokenizer by an
+unpickler that knows a single, inert class.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rayllm.config.schema import ImportNanochatConfig
+from rayllm.model.config import GPTConfig
+from rayllm.model.gpt import GPT
+from rayllm.runs.checkpoint import check_tensor_shapes, save_checkpoint
+from rayllm.runs.run_dir import open_run
+from rayllm.text.tokenizer import Tokenizer
+
+# nanochat's names of the architecture's fields, and ours.
+_FIELDS = {
+    "sequence_len": "sequence_len",
+    "vocab_size": "vocab_size",
+    "n_layer": "num_layers",
+    "n_head": "num_heads",
+    "n_kv_head": "num_kv_heads",
+    "n_embd": "d_model",
+    "window_pattern": "window_pattern",
+}
+
+
+def run(config: ImportNanochatConfig) -> None:
+    """Read `config.source`, write `config.out`; ValueError or FileNotFoundError names what does not fit."""
+    source = Path(config.source)
+    if not config.source or not source.is_dir():
+        raise FileNotFoundError(
+            f"source={config.source!r} is not a directory: give one with model_*.pt, meta_*.json and tokenizer.pkl"
+        )
+    step = _newest_step(source) if config.step is None else config.step
+    meta = json.loads(_existing(source / f"meta_{step:06d}.json").read_text(encoding="utf-8"))
+    model_config = read_model_config(meta, source)
+    tokenizer = read_tokenizer(_existing(source / "tokenizer.pkl"))
+    if tokenizer.vocab_size != model_config.vocab_size:
+        raise ValueError(
+            f"{source}/tokenizer.pkl has {tokenizer.vocab_size} tokens, the model {model_config.vocab_size}: "
+            "copy the tokenizer that this model was trained with"
+        )
+    weights = read_weights(_existing(source / f"model_{step:06d}.pt"), model_config)
+    plan: dict[str, object] = {"step": step, "model": model_config.to_dict()}
+    with open_run(config.out, stage="import-nanochat", config=config, plan=plan) as run_dir:
+        path = save_checkpoint(
+            run_dir.path / "checkpoints",
+            step,
+            model_state=weights,
+            optimizer_state=None,
+            state={
+                "stage": "imported",
+                "model": model_config.to_dict(),
+                "tokenizer_fingerprint": tokenizer.fingerprint,
+            },
+            tokenizer=tokenizer,
+            keep=1,
+        )
+    print(f"import-nanochat: {sum(w.numel() for w in weights.values()):,} parameters of step {step}", file=sys.stderr)
+    print(path)
+
+
+def read_model_config(meta: dict[str, Any], source: Path) -> GPTConfig:
+    """The architecture in a meta file; checkpoints from before sliding windows have full ones."""
+    raw = meta.get("model_config")
+    if not isinstance(raw, dict):
+        raise ValueError(f"{source}: the meta file has no model_config; is this a nanochat checkpoint?")
+    raw = {"window_pattern": "L", **raw}
+    if raw.keys() != _FIELDS.keys():
+        raise ValueError(f"{source}: model_config must have the fields {sorted(_FIELDS)}, got {sorted(raw)}")
+    return GPTConfig(**{ours: raw[theirs] for theirs, ours in _FIELDS.items()})
+
+
+def read_weights(path: Path, config: GPTConfig) -> dict[str, Tensor]:
+    """The state dict of a model file as float32, under our (the same) names."""
+    try:
+        raw = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is no plain file of weights: {error}") from error
+    weights = {name.removeprefix("_orig_mod."): tensor.float() for name, tensor in raw.items()}
+    # Checkpoints from before these scalars behave as if they were there with these values.
+    weights.setdefault("resid_lambdas", torch.ones(config.num_layers))
+    weights.setdefault("x0_lambdas", torch.zeros(config.num_layers))
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
+    check_tensor_shapes(weights, expected, path)
+    return weights
+
+
+class _Encoding:
+    """Stands in for tiktoken.Encoding while unpickling: keeps its state, does nothing."""
+
+    state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _EncodingUnpickler(pickle.Unpickler):
+    """Refuses every name in the file but tiktoken's Encoding, which becomes the inert class."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("tiktoken.core", "Encoding"):
+            return _Encoding
+        raise pickle.UnpicklingError(f"it names {module}.{name}, and only a tiktoken Encoding is expected")
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in a pickled tiktoken Encoding; ValueError when it is anything else."""
+    try:
+        encoding = _EncodingUnpickler(io.BytesIO(path.read_bytes())).load()
+        state = encoding.state
+        return Tokenizer(
+            ranks=state["mergeable_ranks"],
+            pattern=state["pat_str"],
+            special_tokens=tuple(sorted(state["special_tokens"], key=state["special_tokens"].__getitem__)),
+        )
+    except (pickle.UnpicklingError, AttributeError, KeyError, TypeError, EOFError, IndexError) as error:
+        raise ValueError(f"{path} is no pickled tiktoken Encoding: {error}") from error
+
+
+def _newest_step(source: Path) -> int:
+    steps = [int(m[1]) for p in source.iterdir() if (m := re.fullmatch(r"model_(\d+)\.pt", p.name))]
+    if not steps:
+        raise FileNotFoundError(f"{source} holds no model_*.pt: give a nanochat checkpoint directory")
+    return max(steps)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: it needs model_*.pt, meta_*.json and tokenizer.pkl")
+    return path

@@ -1,0 +1,57 @@
+"""From a path to a model that runs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from rayllm.model.config import GPTConfig
+from rayllm.model.gpt import GPT
+from rayllm.runs.checkpoint import Checkpoint, check_tensor_shapes, open_checkpoint
+from rayllm.text.tokenizer import Tokenizer
+
+
+def load(
+    path: str | os.PathLike[str], device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32"
+) -> tuple[GPT, Tokenizer]:
+    """Model (in eval mode, weights in `dtype`) and tokenizer of a checkpoint or of a run's newest checkpoint.
+
+    Raises FileNotFoundError where there is none, ValueError when it is damaged or does not fit together.
+    """
+    checkpoint = open_checkpoint(Path(path))
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ValueError(f"dtype must be float32, bfloat16 or float64, got {dtype!r}")
+    tokenizer = load_tokenizer(checkpoint)
+    model = GPT(model_config(checkpoint))
+    load_weights(model, checkpoint)
+    return model.to(device=device, dtype=resolved).eval(), tokenizer
+
+
+def model_config(checkpoint: Checkpoint) -> GPTConfig:
+    """The architecture that a checkpoint's weights belong to."""
+    raw = checkpoint.state.get("model")
+    if not isinstance(raw, dict):
+        raise ValueError(f"{checkpoint.path}: checkpoint.json has no model configuration")
+    return GPTConfig.from_dict(raw)
+
+
+def load_weights(model: GPT, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's weights into the model; ValueError names the first tensors that do not fit."""
+    weights = checkpoint.load_model_state()
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_tensor_shapes(weights, expected, checkpoint.path)
+    model.load_state_dict(weights)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer in a checkpoint; ValueError when its vocabulary is not the model's."""
+    tokenizer, vocab_size = checkpoint.load_tokenizer(), model_config(checkpoint).vocab_size
+    if tokenizer.vocab_size != vocab_size:
+        raise ValueError(
+            f"{checkpoint.path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {vocab_size}: "
+            "they do not belong together"
+        )
+    return tokenizer

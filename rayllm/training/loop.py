@@ -1,0 +1,131 @@
+"""THE training loop, for pretraining and SFT, in one process or as one of many data-parallel workers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from rayllm.data.loader import DataPosition, StepBatch
+from rayllm.model.gpt import GPT, IGNORE_INDEX
+from rayllm.optim.optimizer import MuonAdamW
+from rayllm.optim.schedule import Schedule
+from rayllm.training.runtime import Runtime
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Every how many steps to do what; None: only after the last step."""
+
+    log_every: int
+    eval_every: int | None
+    sample_every: int | None
+    save_every: int | None
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """What the loop calls; on every worker alike, as they may hold collective calls."""
+
+    report: Callable[[int, Metrics], None]
+    evaluate: Callable[[], Metrics]
+    sample: Callable[[int], None]
+    save: Callable[[int, DataPosition], None]
+
+
+def fit(
+    model: GPT,
+    optimizer: MuonAdamW,
+    schedule: Schedule,
+    batches: Iterator[StepBatch],
+    runtime: Runtime,
+    callbacks: Callbacks,
+    intervals: Intervals,
+    *,
+    num_steps: int,
+    matrix_weight_decay: float,
+    flops_per_token: float,
+    first_step: int = 0,
+) -> None:
+    """Train from `first_step` (steps done before) to `num_steps`.
+
+    The loss of a step is the sum over its targets, divided by their number over all micro-batches and workers:
+    any split gives the same gradient. Raises FloatingPointError when the loss is no longer a number.
+    """
+    replica = DistributedDataParallel(model, gradient_as_bucket_view=True) if runtime.world_size > 1 else model
+    peak_flops_per_s = runtime.peak_flops_per_s() * runtime.world_size
+    if first_step == 0:
+        callbacks.report(0, callbacks.evaluate())
+    num_tokens, since = 0.0, time.perf_counter()
+    for step in range(first_step, num_steps):
+        batch = next(batches)
+        rates = schedule.at(step)
+        rates.apply(optimizer, matrix_weight_decay)
+        loss, num_loss_tokens = forward_backward(replica, batch, runtime)
+        optimizer.step()
+        num_tokens += num_loss_tokens
+
+        done, is_last = step + 1, step + 1 == num_steps
+        if _is_due(done, intervals.log_every, is_last):
+            mean_loss = float(runtime.sum_over_workers(loss))
+            if not math.isfinite(mean_loss):
+                raise FloatingPointError(f"loss is {mean_loss} at step {done}: lower the learning rates (optim.*_lr)")
+            tokens_per_s = num_tokens / (time.perf_counter() - since)
+            metrics = {
+                "train/loss": mean_loss,
+                "train/lr_multiplier": rates.lr_multiplier,
+                "train/grad_norm": float(grad_norm(model)),
+                "train/tokens_per_s": tokens_per_s,
+                "train/mfu": tokens_per_s * flops_per_token / peak_flops_per_s,
+                "train/epoch": float(batch.position.epoch),
+            }
+            callbacks.report(done, metrics)
+            num_tokens, since = 0.0, time.perf_counter()
+        optimizer.zero_grad()
+
+        paused = time.perf_counter()
+        if _is_due(done, intervals.eval_every, is_last):
+            callbacks.report(done, callbacks.evaluate())
+        if _is_due(done, intervals.sample_every, is_last):
+            callbacks.sample(done)
+        if _is_due(done, intervals.save_every, is_last):
+            callbacks.save(done, batch.position)
+        since += time.perf_counter() - paused
+
+
+def forward_backward(model: torch.nn.Module, batch: StepBatch, runtime: Runtime) -> tuple[Tensor, float]:
+    """Accumulate the gradient of one step, synchronized once over the workers.
+
+    Returns this worker's share of the mean loss (a scalar tensor; the shares add up to it) and the step's
+    number of targets over all workers.
+    """
+    num_local = sum(int((m.targets_BT != IGNORE_INDEX).sum()) for m in batch.micro_batches)
+    num_loss_tokens = float(runtime.sum_over_workers([num_local]))
+    shares = []
+    for i, micro_batch in enumerate(batch.micro_batches):
+        inputs_BT, targets_BT = micro_batch.inputs_BT.to(runtime.device), micro_batch.targets_BT.to(runtime.device)
+        is_last = i == len(batch.micro_batches) - 1
+        with nullcontext() if is_last or not isinstance(model, DistributedDataParallel) else model.no_sync():
+            loss = model(inputs_BT, targets_BT, reduction="sum") / max(num_loss_tokens, 1.0)
+            # DDP averages over the workers what has to be added up.
+            (loss * runtime.world_size).backward()
+        shares.append(loss.detach())
+    return torch.stack(shares).sum(), num_loss_tokens
+
+
+def grad_norm(model: torch.nn.Module) -> Tensor:
+    """Euclidean norm of all gradients together."""
+    norms = torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return torch.stack(norms).norm()
+
+
+def _is_due(done: int, every: int | None, is_last: bool) -> bool:
+    return is_last or (every is not None and done % every == 0)

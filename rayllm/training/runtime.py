@@ -1,0 +1,78 @@
+"""Where one worker computes: its rank, device and dtype, decided inside the worker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from rayllm.optim.estimate import gpu_peak_flops
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """One data-parallel worker: `rank` of `world_size`, computing in `dtype` on `device`."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def sum_over_workers(self, values: Sequence[float] | torch.Tensor) -> torch.Tensor:
+        """The values added up over all workers, in float64 where the device has it; a collective call."""
+        precise = torch.float32 if self.device.type == "mps" else torch.float64
+        total = torch.as_tensor(values, dtype=precise, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def synchronize(self) -> None:
+        """Wait for the device's queue, so that the clock tells the truth."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    def peak_flops_per_s(self) -> float:
+        """What MFU is a share of: the card's data sheet, or (CPU, MPS, unknown cards) the best rate of a
+        1024-wide matrix product in this dtype, measured now in about 0.1 s."""
+        if self.device.type == "cuda" and (peak := gpu_peak_flops(torch.cuda.get_device_name(self.device))):
+            return peak
+        a = torch.ones(1024, 1024, device=self.device, dtype=self.dtype)
+        best_s = float("inf")
+        for _ in range(5):
+            self.synchronize()
+            start = time.perf_counter()
+            a @ a
+            self.synchronize()
+            best_s = min(best_s, time.perf_counter() - start)
+        return 2 * 1024**3 / best_s
+
+
+def build_runtime(device: str = "auto", dtype: str = "auto", *, rank: int = 0, world_size: int = 1) -> Runtime:
+    """Resolve "auto" to CUDA, then MPS (one worker), then CPU; bfloat16 on GPUs that have it, else float32.
+
+    Raises ValueError when the named device or dtype is not to be had here.
+    """
+    chosen = _build_device(device, world_size)
+    has_bfloat16 = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "auto":
+        dtype = "bfloat16" if has_bfloat16 else "float32"
+    if dtype == "bfloat16" and chosen.type == "cuda" and not has_bfloat16:
+        raise ValueError(f"dtype=bfloat16: {torch.cuda.get_device_name(chosen)} has no bfloat16; use float32")
+    return Runtime(rank, world_size, chosen, _DTYPES[dtype])
+
+
+def _build_device(device: str, world_size: int) -> torch.device:
+    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available() and world_size == 1, "cpu": True}
+    if device == "auto":
+        device = next(name for name in ("cuda", "mps", "cpu") if has[name])
+    if not has[device]:
+        found = [name for name, ok in has.items() if ok]
+        raise ValueError(f"device={device} is not to be had by {world_size} workers here; there is {', '.join(found)}")
+    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)

@@ -1,0 +1,384 @@
+"""Precedence, the traps of YAML, and errors that name key, value, origin and cure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rayllm.config.load import ConfigError, load_config, split_arguments, to_dict, to_yaml
+from rayllm.config.schema import (
+    BaseEvalConfig,
+    ImportNanochatConfig,
+    PretrainConfig,
+    SampleConfig,
+    SamplingConfig,
+    TokenizeConfig,
+    TokenizerConfig,
+    TrackingConfig,
+)
+
+
+def write(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def error_of(schema: type, recipe: str | None = None, flags: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(schema, recipe, flags)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# Precedence
+
+
+def test_defaults_then_recipe_then_flags(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "depth: 6\nmodel:\n  head_dim: 32\n  sequence_len: 256\nlog_every: 5\n")
+    config = load_config(
+        PretrainConfig, recipe, ["--depth=8", "--model.head-dim", "64", "--log_every=7", "--log_every=9"]
+    )
+    assert config.depth == 8
+    assert (config.model.head_dim, config.model.sequence_len, config.model.aspect_ratio) == (64, 256, 64)
+    assert config.log_every == 9  # the last of two flags
+    assert load_config(PretrainConfig) == PretrainConfig()
+
+
+def test_a_group_keeps_the_defaults_its_stage_gave_it() -> None:
+    """base-eval draws 48 tokens where SamplingConfig alone would draw 128."""
+    assert load_config(BaseEvalConfig, None, ["--sampling.seed=3"]).sampling == SamplingConfig(max_tokens=48, seed=3)
+
+
+def test_a_group_can_be_one_flow_mapping() -> None:
+    config = load_config(PretrainConfig, None, ["--horizon={kind: steps, value: 10}"])
+    assert (config.horizon.kind, config.horizon.value) == ("steps", 10.0)
+
+
+def test_an_empty_recipe_is_all_defaults(tmp_path: Path) -> None:
+    assert load_config(PretrainConfig, write(tmp_path, "# nothing but a comment\n")) == PretrainConfig()
+
+
+# Values
+
+
+@pytest.mark.parametrize(
+    ("flag", "key", "value"),
+    [
+        ("--eval_every=null", "eval_every", None),
+        ("--tokens_per_step=auto", "tokens_per_step", "auto"),
+        ("--tokens_per_step=1e6", "tokens_per_step", 1_000_000),
+        ("--eval_tokens=6_000_000", "eval_tokens", 6_000_000),
+        ("--eval_tokens=1e6", "eval_tokens", 1_000_000),
+        ("--seed=-1", "seed", -1),
+        ("--seed=010", "seed", 10),
+        ("--out=runs/a: b #1", "out", "runs/a: b #1"),
+        ("--out=2026", "out", "2026"),
+        ("--out=1e-4", "out", "1e-4"),
+        ("--out=true", "out", "true"),
+        ("--out=[x", "out", "[x"),
+        ("--out='it''s'", "out", "it's"),
+        ('--out="a"b', "out", '"a"b'),
+        ("--tracking.sinks=wandb", "tracking.sinks", ["wandb"]),
+        ("--tracking.sinks=[wandb, mlflow]", "tracking.sinks", ["wandb", "mlflow"]),
+        ("--tracking.sinks=[]", "tracking.sinks", []),
+        ("--tracking.name=null", "tracking.name", None),
+        ("--tracking.name='null'", "tracking.name", "null"),
+        ("--tracking.name=no", "tracking.name", "no"),
+        ("--optim.matrix_lr=1e-4", "optim.matrix_lr", 1e-4),
+        ("--optim.matrix_lr=.5", "optim.matrix_lr", 0.5),
+        ("--optim.matrix_lr=1", "optim.matrix_lr", 1.0),
+    ],
+)
+def test_flag_values(flag: str, key: str, value: object) -> None:
+    # 1e6 tokens are divisible by rows of 1000, too
+    tree = to_dict(load_config(PretrainConfig, None, ["--model.sequence_len=1000", flag]))
+    for part in key.split("."):
+        tree = tree[part]
+    assert tree == value
+    assert type(tree) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "prompts"),
+    [
+        ("--prompts=Once upon a time", ("Once upon a time",)),
+        ("--prompts='Once, there'", ("Once, there",)),
+        ('--prompts="Hello," she said: #1', ('"Hello," she said: #1',)),
+        ("--prompts=[a, 'b, c', 42]", ("a", "b, c", "42")),
+        ("--prompts=7", ("7",)),
+    ],
+)
+def test_prompts(flag: str, prompts: tuple[str, ...]) -> None:
+    assert load_config(SampleConfig, None, [flag]).prompts == prompts
+
+
+def test_yaml_1_1_traps_in_a_recipe(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "out: no\noptim: {matrix_lr: 1e-4}\ntracking: {name: 12:30, project: 2026-01-01}\n")
+    config = load_config(PretrainConfig, recipe)
+    assert config.out == "no"
+    assert config.optim.matrix_lr == 1e-4
+    assert config.tracking == TrackingConfig(name="12:30", project="2026-01-01")
+
+
+def test_one_source_in_a_recipe_needs_no_brackets(tmp_path: Path) -> None:
+    assert load_config(TokenizerConfig, write(tmp_path, "sources: a.txt\n")).sources == ("a.txt",)
+
+
+@given(
+    text=st.text().filter(lambda t: t.strip()),
+    prompts=st.lists(st.text(), min_size=1),
+    number=st.floats(min_value=0, allow_nan=False, allow_infinity=False),
+)
+def test_to_yaml_reads_back(text: str, prompts: list[str], number: float) -> None:
+    config = SampleConfig(checkpoint=text, prompts=tuple(prompts), sampling=SamplingConfig(temperature=number))
+    # A file, not a flag: a new one for each example, which tmp_path cannot give.
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "config.yaml")
+        path.write_text(to_yaml(config), encoding="utf-8", newline="")
+        assert load_config(SampleConfig, str(path)) == config
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda t: t.strip() and t[0] not in "\"'"))
+def test_a_text_flag_is_the_text_it_is(text: str) -> None:
+    assert load_config(PretrainConfig, None, [f"--out={text}"]).out == text
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--depht=4", "--depht=4: unknown key depht; did you mean --depth?"),
+        ("--head_dim=4", "--head_dim=4: unknown key head_dim; did you mean --model.head_dim?"),
+        ("--dryrun", "--dryrun: unknown key dryrun; did you mean --dry-run?"),
+        ("--flavour=4", "--flavour=4: unknown key flavour; the keys here are out, depth, model, horizon, "
+         "tokens_per_step, rows_per_micro_batch, seed, data, optim, workers, log_every, eval_every, eval_tokens, "
+         "sample_every, sample_tokens, save_every, keep_checkpoints, tracking"),
+        ("--model={head_dim: 4", "--model={head_dim: 4: model: got {head_dim: 4, not valid YAML; write for example "
+         "--model='{aspect_ratio: 64}'"),
+        ("--depth.x=4", "--depth.x=4: unknown key depth.x; depth is a value and has no keys below it"),
+        ("--depth=-3", "--depth=-3: depth: got -3, expected integer > 0; write for example --depth=12"),
+        ("--depth=four", "--depth=four: depth: got four, expected integer > 0; write for example --depth=12"),
+        ("--depth=true", "--depth=true: depth: got true, expected integer > 0; write for example --depth=12"),
+        ("--depth=4.5", "--depth=4.5: depth: got 4.5, expected integer > 0; write for example --depth=12"),
+        ("--depth='4'", "--depth='4': depth: got '4', expected integer > 0; write for example --depth=12"),
+        ("--depth", "--depth: depth: got no value, expected integer > 0; write --depth=12"),
+        ("--depth=", "--depth=: depth: got no value, expected integer > 0; "
+         "write --depth=12 (or '\"\"' for an empty text)"),
+        (
+            "--optim.final_lr_fraction=1.5",
+            "--optim.final_lr_fraction=1.5: optim.final_lr_fraction: got 1.5, expected number from 0 to 1; "
+            "write for example --optim.final_lr_fraction=0.05",
+        ),
+        (
+            "--optim.matrix_lr=.inf",
+            "--optim.matrix_lr=.inf: optim.matrix_lr: got .inf, expected number > 0; write for example "
+            "--optim.matrix_lr=0.02",
+        ),
+        (
+            "--eval_every=-1",
+            "--eval_every=-1: eval_every: got -1, expected integer > 0 or null; write for example --eval_every=250",
+        ),
+        (
+            "--horizon.kind=token",
+            "--horizon.kind=token: horizon.kind: got token, expected ratio, flops, tokens or steps; "
+            "did you mean tokens?",
+        ),
+        (
+            "--tracking.sinks=[wandb, tensorbord]",
+            "--tracking.sinks=[wandb, tensorbord]: tracking.sinks: got [wandb, tensorbord], expected list of wandb, "
+            "tensorboard or mlflow; write for example --tracking.sinks='[wandb]'",
+        ),
+        (
+            "--model=3",
+            "--model=3: model: got 3, expected a group with keys among aspect_ratio, head_dim, num_kv_heads, "
+            "sequence_len, window_pattern; write for example --model='{aspect_ratio: 64}'",
+        ),
+        (
+            "--model.window_pattern=SLX",
+            "--model.window_pattern=SLX: model.window_pattern: got SLX, expected text matching ^[SL]+$; "
+            "write for example --model.window_pattern=SSSL",
+        ),
+        (
+            "--tracking.sinks=wandb,mlflow",
+            "--tracking.sinks=wandb,mlflow: tracking.sinks: got wandb,mlflow, one value or several?; write "
+            "--tracking.sinks='[wandb, mlflow]' for several, --tracking.sinks='[\"wandb,mlflow\"]' for one",
+        ),
+        ("--model={head_dim: 4, head_dim: 8}",
+         "--model={head_dim: 4, head_dim: 8}: model.head_dim: got 8, a second value; keep one of them"),
+    ],
+)  # fmt: skip
+def test_flag_errors(flag: str, message: str) -> None:
+    assert error_of(PretrainConfig, None, (flag,)) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("depth: 4\ndepht: 5\n", "{path}:2: unknown key depht (got 5); did you mean depth?"),
+        ("model:\n  width: 5\n", "{path}:2: unknown key model.width (got 5); the keys here are model.aspect_ratio, "
+         "model.head_dim, model.num_kv_heads, model.sequence_len, model.window_pattern"),
+        ("depth: 4\n\ndepth: 5\n", "{path}:3: depth: got 5, a second value, first on line 1; keep one of them"),
+        ("# a comment\ndepth: -3\n", "{path}:2: depth: got -3, expected integer > 0; write for example depth: 12"),
+        ("out: 5\n", '{path}:1: out: got 5, expected text; write out: "5"'),
+        ("horizon:\n  kind: 5\n", "{path}:2: horizon.kind: got 5, expected ratio, flops, tokens or steps; "
+         "write for example kind: ratio"),
+        ("out:\n", "{path}:1: out: got nothing, expected text; write for example out: runs/base"),
+        ("out: [a]\n", "{path}:1: out: got [a], expected text; write for example out: runs/base"),
+        ("depth: {a: 1}\n", "{path}:1: depth: got {{a: 1}}, expected integer > 0; write for example depth: 12"),
+        ("seed: on\n", "{path}:1: seed: got on, expected integer; write for example seed: 42"),
+        ("model:\n  head_dim: big\n", "{path}:2: model.head_dim: got big, expected integer > 0; write for example "
+         "head_dim: 128"),
+        ("model: null\n", "{path}:1: model: got null, expected a group with keys among aspect_ratio, head_dim, "
+         "num_kv_heads, sequence_len, window_pattern; write for example model: {{aspect_ratio: 64}}"),
+        ("- depth\n", "{path}:1: got - depth; a recipe is a list of lines like `key: value`"),
+    ],
+)  # fmt: skip
+def test_recipe_errors(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, text)
+    assert error_of(PretrainConfig, path) == message.format(path=path)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "reason"),
+    [
+        ("depth: 4\nmodel: {head_dim: 4\n", 3, "expected ',' or '}'"),
+        ("depth: 4\n\tseed: 1\n", 2, "cannot start any token"),
+        ("depth: 4\n---\ndepth: 5\n", 2, "another document"),
+        ("depth: 4\nout: \x07\n", 2, "character"),
+        ("a: " + "[" * 5000, None, "nested too deeply"),
+    ],
+)
+def test_yaml_syntax_errors_name_file_and_line(tmp_path: Path, text: str, line: int | None, reason: str) -> None:
+    path = write(tmp_path, text)
+    message = error_of(PretrainConfig, path)
+    assert message.startswith(f"{path}:{line}: not valid YAML: " if line else f"{path}: not valid YAML: ")
+    assert reason in message
+
+
+def test_a_recipe_that_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "weights.yaml"
+    path.write_bytes(b"depth: 4\n\xff\xfe")
+    assert error_of(PretrainConfig, str(path)) == f"{path}:2: not UTF-8 text; save the recipe as UTF-8"
+
+
+def test_bytes_that_are_no_unicode_in_a_flag() -> None:
+    message = error_of(PretrainConfig, None, ("--out=runs/\udcff",))
+    assert "out: got 'runs/\\udcff', which is not valid Unicode" in message
+    assert message.isascii()
+
+
+def test_a_value_set_by_a_flag_is_blamed_on_the_flag_not_the_recipe(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "depth: 4\n")
+    assert error_of(PretrainConfig, recipe, ("--depth=0",)).startswith("--depth=0: depth: got 0,")
+
+
+def test_positional_among_flags() -> None:
+    assert error_of(PretrainConfig, None, ("depth=4",)) == "'depth=4' is no flag; write --key=value"
+
+
+def test_split_arguments() -> None:
+    arguments = ["laptop", "--depth", "4", "--seed", "-1", "--out=a=b", "--last"]
+    assert split_arguments(arguments) == (["laptop"], ["--depth=4", "--seed=-1", "--out=a=b", "--last"])
+    assert split_arguments(["--a", "--b", "c"]) == ([], ["--a", "--b=c"])
+
+
+# Combinations
+
+
+@pytest.mark.parametrize(
+    ("schema", "flags", "message"),
+    [
+        (
+            PretrainConfig,
+            ("--model.head_dim=63",),
+            "--model.head_dim=63: model.head_dim=63 is odd, but rotary embeddings turn channels in pairs; write an "
+            "even number, such as 64",
+        ),
+        (
+            PretrainConfig,
+            ("--depth=4", "--model.head_dim=64", "--model.num_kv_heads=3"),
+            "--model.num_kv_heads=3 and --depth=4 and --model.head_dim=64: model.num_kv_heads=3 does not divide the 4 "
+            "query heads (depth 4 * aspect_ratio 64 / head_dim 64); write one of 1, 2, 4, or null",
+        ),
+        (
+            PretrainConfig,
+            ("--tokens_per_step=5000", "--workers.num_workers=2"),
+            "--tokens_per_step=5000 and --workers.num_workers=2: tokens_per_step=5000 is not divisible by "
+            "model.sequence_len 2048 * workers.num_workers 2 = 4096; write --tokens_per_step=4096",
+        ),
+        (
+            PretrainConfig,
+            ("--eval_tokens=100",),
+            "--eval_tokens=100: eval_tokens=100 is less than one row of model.sequence_len=2048; write at least 2048",
+        ),
+        (
+            PretrainConfig,
+            ("--horizon.kind=steps", "--horizon.value=2.5"),
+            "--horizon.value=2.5 and --horizon.kind=steps: horizon.value=2.5 is no whole number of steps; write "
+            "--horizon.value=3",
+        ),
+        (
+            PretrainConfig,
+            ("--depth=1", "--model.aspect_ratio=8", "--model.head_dim=8"),
+            "--depth=1 and --model.aspect_ratio=8 and --model.head_dim=8: depth=1 makes a model of width 8, and the "
+            "least is 24; raise depth, model.aspect_ratio or model.head_dim",
+        ),
+        (
+            PretrainConfig,
+            ("--workers.device=mps", "--workers.num_workers=2"),
+            "--workers.num_workers=2 and --workers.device=mps: workers.num_workers=2 is too many for "
+            "workers.device=mps, which serves one process; write --workers.num_workers=1 or --workers.device=cpu",
+        ),
+        (
+            TokenizerConfig,
+            (),
+            "defaults: sources=[] leaves nothing to train on; write --sources=FILE, or --kind=byte",
+        ),
+        (TokenizeConfig, (), "defaults: sources=[] leaves nothing to tokenize; write --sources=FILE"),
+        (
+            TokenizeConfig,
+            ("--sources=a", "--validation.kind=sources"),
+            "--validation.kind=sources: validation.kind=sources needs validation.sources=[...]; name what to hold out, "
+            "or write kind hash",
+        ),
+        (
+            TokenizeConfig,
+            ("--sources=a", "--validation.sources=b"),
+            "--validation.sources=b: validation.sources=['b'] is not read with validation.kind=hash; write "
+            "--validation.kind=sources to hold these out, or leave validation.sources empty",
+        ),
+        (
+            TokenizeConfig,
+            ("--sources=a", "--validation.fraction=1"),
+            "--validation.fraction=1: validation.fraction=1 leaves nothing to train on; write a number below 1",
+        ),
+        (
+            SampleConfig,
+            ("--prompts=[]",),
+            '--prompts=[]: prompts=[] leaves nothing to continue; write --prompts="Once upon a time"',
+        ),
+        (ImportNanochatConfig, (), "defaults: source is missing; give the directory of the nanochat checkpoint"),
+        (PretrainConfig, ("--out=''",), "--out='': out is empty; write the path of a directory"),
+    ],
+)
+def test_impossible_combinations(schema: type, flags: tuple[str, ...], message: str) -> None:
+    assert error_of(schema, None, flags) == message
+
+
+def test_a_combination_names_the_line_of_the_recipe(tmp_path: Path) -> None:
+    path = write(tmp_path, "tokens_per_step: 1000\nmodel:\n  sequence_len: 512\n")
+    message = error_of(PretrainConfig, path, ("--workers.num_workers=2",))
+    assert message.startswith(f"{path}:1 and {path}:3 and --workers.num_workers=2: tokens_per_step=1000 is not")
+
+
+def test_a_byte_tokenizer_needs_no_sources() -> None:
+    assert load_config(TokenizerConfig, None, ["--kind=byte"]).kind == "byte"

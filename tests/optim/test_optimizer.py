@@ -1,0 +1,165 @@
+"""Muon and AdamW against independent definitions, and what they must never do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from rayllm.config.schema import OptimConfig
+from rayllm.model.config import GPTConfig
+from rayllm.model.gpt import GPT
+from rayllm.optim.groups import build_optimizer
+from rayllm.optim.muon import POLAR_EXPRESS, orthogonalize
+from rayllm.optim.optimizer import MuonAdamW
+
+
+def muon_reference(p, g, momentum_buffer, variance, *, lr, momentum, beta2, weight_decay):
+    """Muon on one matrix as the papers write it, in numpy and float64; returns the new three."""
+    m, n = p.shape
+    momentum_buffer = momentum * momentum_buffer + (1 - momentum) * g
+    x = (1 - momentum) * g + momentum * momentum_buffer
+    rows = np.sqrt((x**2).sum(1, keepdims=True))
+    x = x * (np.sqrt((x**2).sum() / m) / np.maximum(rows, 1e-6))
+    x = x / (1.01 * np.linalg.norm(x) + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        if m > n:
+            gram = x.T @ x
+            x = a * x + x @ (b * gram + c * gram @ gram)
+        else:
+            gram = x @ x.T
+            x = a * x + (b * gram + c * gram @ gram) @ x
+    x = x * np.sqrt(min(m, n)) / np.linalg.norm(x)
+    variance = beta2 * variance + (1 - beta2) * (x**2).mean(axis=1 if m >= n else 0, keepdims=True)
+    scaled = x / np.sqrt(np.maximum(variance, 1e-10))
+    x = scaled * np.linalg.norm(x) / np.linalg.norm(scaled)
+    eta = lr * np.sqrt(max(1, m / n))
+    return p - eta * x - eta * weight_decay * p * (x * p >= 0), momentum_buffer, variance
+
+
+def muon_group(params, **settings):
+    group = {"kind": "muon", "names": [f"w{i}" for i in range(len(params))], "params": params, "lr": 0.02}
+    defaults = {"momentum": 0.95, "beta2": 0.9, "weight_decay": 0.1, "orthogonalize_dtype": params[0].dtype}
+    return group | defaults | settings
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (12, 5), (5, 12), (1, 7)])
+def test_muon_matches_reference(shape) -> None:
+    rng = np.random.default_rng(0)
+    params = [torch.nn.Parameter(torch.from_numpy(rng.normal(size=shape))) for _ in range(3)]
+    variance_shape = (shape[0], 1) if shape[0] >= shape[1] else (1, shape[1])
+    expected = [(p.detach().numpy().copy(), np.zeros(shape), np.zeros(variance_shape)) for p in params]
+    optimizer = MuonAdamW([muon_group(params)])
+    for _ in range(4):
+        for i, param in enumerate(params):
+            grad = rng.normal(size=shape)
+            param.grad = torch.from_numpy(grad)
+            expected[i] = muon_reference(
+                expected[i][0], grad, *expected[i][1:], lr=0.02, momentum=0.95, beta2=0.9, weight_decay=0.1
+            )
+        optimizer.step()
+    for param, (p, momentum_buffer, variance) in zip(params, expected, strict=True):
+        np.testing.assert_allclose(param.detach().numpy(), p, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(optimizer.state[param]["momentum"].numpy(), momentum_buffer, rtol=1e-9)
+        np.testing.assert_allclose(optimizer.state[param]["variance"].numpy(), variance, rtol=1e-9)
+
+
+def test_orthogonalize_evens_out_singular_values() -> None:
+    """At its first step nanochat's update has singular values within a factor of four of each other."""
+    x = torch.randn(3, 40, 25, generator=torch.Generator().manual_seed(0))
+    s = torch.linalg.svdvals(orthogonalize(x))
+    assert (s.max(-1).values / s.min(-1).values < 4).all()
+    torch.testing.assert_close(orthogonalize(1000 * x), orthogonalize(x), rtol=1e-3, atol=1e-4)
+
+
+def test_adamw_matches_torch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    settings = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1}
+    optimizer = MuonAdamW([{"kind": "adamw", "names": ["w"], "params": [ours], **settings}])
+    reference = torch.optim.AdamW([theirs], **settings)
+    for _ in range(5):
+        ours.grad = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+def tiny_gpt(seed: int = 0) -> GPT:
+    model = GPT(GPTConfig(sequence_len=16, vocab_size=64, num_layers=2, num_heads=2, num_kv_heads=1, d_model=32))
+    model.init_weights(seed)
+    return model
+
+
+def train_step(model: GPT, optimizer: MuonAdamW, seed: int) -> None:
+    tokens_BT = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(seed))
+    model(tokens_BT, tokens_BT.roll(-1, 1)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("gradient", ["none", "zero"])
+def test_a_step_without_signal_changes_nothing(gradient) -> None:
+    model = tiny_gpt()
+    optimizer = build_optimizer(model, OptimConfig())
+    train_step(model, optimizer, seed=0)
+    before = {k: v.clone() for k, v in {**model.state_dict(), **optimizer.named_state()}.items()}
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param) if gradient == "zero" else None
+    optimizer.step()
+    after = {**model.state_dict(), **optimizer.named_state()}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_zero_matrices_among_others_stay_finite() -> None:
+    """At the first step most matrices have no gradient yet, as the output projections start at zero."""
+    model = tiny_gpt()
+    optimizer = build_optimizer(model, OptimConfig())
+    for i in range(3):
+        train_step(model, optimizer, seed=i)
+    tensors = {**model.state_dict(), **optimizer.named_state()}
+    assert all(torch.isfinite(t.double()).all() for t in tensors.values())
+    zero = torch.zeros(2, 4, 6)
+    assert torch.equal(orthogonalize(zero), zero)
+
+
+def test_groups_follow_nanochat() -> None:
+    model = tiny_gpt()
+    optimizer = build_optimizer(model, OptimConfig(), lr_multiplier=0.5, matrix_weight_decay=1.5)
+    by_name = {name: group for group in optimizer.param_groups for name in group["names"]}
+    assert set(by_name) == {name for name, _ in model.named_parameters()}
+    width = (32 / 768) ** -0.5
+    assert by_name["lm_head.weight"]["lr"] == pytest.approx(0.008 * width * 0.5)
+    assert by_name["transformer.wte.weight"]["lr"] == pytest.approx(0.3 * width * 0.5)
+    assert by_name["value_embeds.1.weight"]["lr"] == pytest.approx(0.15 * width * 0.5)
+    assert by_name["resid_lambdas"]["lr"] == pytest.approx(0.005 * 0.5)
+    assert by_name["x0_lambdas"]["lr"] == pytest.approx(0.25)
+    assert by_name["x0_lambdas"]["betas"] == (0.96, 0.95)
+    assert by_name["smear_lambda"]["lr"] == by_name["backout_lambda"]["lr"] == 0.2
+    for name in ("transformer.h.0.attn.c_q.weight", "transformer.h.1.attn.ve_gate.weight"):
+        assert by_name[name]["kind"] == "muon" and by_name[name]["weight_decay"] == 1.5
+        assert by_name[name]["lr"] == pytest.approx(0.01)
+
+
+def test_saved_state_goes_on_exactly() -> None:
+    model, other = tiny_gpt(), tiny_gpt(seed=1)
+    optimizer, fresh = build_optimizer(model, OptimConfig()), build_optimizer(other, OptimConfig())
+    for i in range(2):
+        train_step(model, optimizer, seed=i)
+    other.load_state_dict(model.state_dict())
+    fresh.load_named_state({name: tensor.clone() for name, tensor in optimizer.named_state().items()})
+    for i in range(2, 4):
+        train_step(model, optimizer, seed=i)
+        train_step(other, fresh, seed=i)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_state_of_another_model_is_refused() -> None:
+    optimizer = build_optimizer(tiny_gpt(), OptimConfig())
+    state = optimizer.named_state()
+    with pytest.raises(ValueError, match="1 entries differ, e.g. .*resid_lambdas/exp_avg"):
+        optimizer.load_named_state({k: v for k, v in state.items() if k != "resid_lambdas/exp_avg"})
+    with pytest.raises(ValueError, match="has shape"):
+        optimizer.load_named_state({**state, "resid_lambdas/exp_avg": torch.zeros(7)})
