@@ -6,6 +6,7 @@ workers again is all that recovery takes.
 
 from __future__ import annotations
 
+import errno
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from actors import cluster
 from rayllm.config.schema import PretrainConfig, WorkersConfig
 from rayllm.runs.progress import ProgressFollower
 from rayllm.runs.run_dir import open_run
+from rayllm.runs.tracking import check_sinks
 from rayllm.training.pretrain import check_inputs, check_resume, run_worker
 from rayllm.training.runtime import build_runtime
 
@@ -34,6 +36,7 @@ FATAL = (ValueError, FileNotFoundError, PermissionError, FloatingPointError)
 def run(config: PretrainConfig) -> None:
     """The `pretrain` stage: train, or go on with the run in `config.out`."""
     _, _, plan = check_inputs(config)
+    check_sinks(config.tracking)
     with open_run(
         config.out, stage="pretrain", config=config, plan=plan.to_dict(), may_change=RESUMABLE_CHANGES
     ) as run_dir:
@@ -79,7 +82,7 @@ def _train(config: PretrainConfig, run_path: Path, placement: ScalingConfig) -> 
             return trainer.fit().return_value
         except TrainingFailedError as failure:
             cause = _root_cause(failure)
-            if isinstance(cause, FATAL) or num_failures == config.workers.max_failures:
+            if _is_fatal(cause) or num_failures == config.workers.max_failures:
                 raise cause from failure
             print(
                 f"pretrain: workers failed ({type(cause).__name__}: {cause}); starting them again from the last "
@@ -112,4 +115,9 @@ def _root_cause(failure: BaseException) -> BaseException:
     """The first fatal error of any worker, else the first error there is."""
     failures = list(getattr(failure, "worker_failures", {}).values()) or [failure]
     causes = [getattr(f, "cause", None) or getattr(f, "_base_exc", None) or f for f in failures]
-    return next((c for c in causes if isinstance(c, FATAL)), causes[0])
+    return next((c for c in causes if _is_fatal(c)), causes[0])
+
+
+def _is_fatal(cause: BaseException) -> bool:
+    is_disk_full = isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return is_disk_full or isinstance(cause, FATAL)

@@ -27,4 +27,8 @@ def continue_text(
     """What the model adds to a text, up to `sampling.max_tokens` tokens or the end of the document (bos)."""
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     completions = generate(model, ids, sampling, num_samples=num_samples, stop_ids=[tokenizer.bos_id], prompt_id=prompt)
-    return [tokenizer.decode([i for i in c.token_ids if i != tokenizer.bos_id]) for c in completions]
+    # An imported model may know ids that its tokenizer has no text for.
+    return [
+        tokenizer.decode([i for i in c.token_ids if i != tokenizer.bos_id and i < tokenizer.vocab_size])
+        for c in completions
+    ]

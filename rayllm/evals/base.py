@@ -25,8 +25,7 @@ def run(config: BaseEvalConfig) -> None:
     """Evaluate and print; writes report.json and metrics.jsonl to the report directory."""
     checkpoint = open_checkpoint(Path(config.checkpoint))
     shards = TokenShards.load(config.shards)
-    model_tokenizer = checkpoint.load_tokenizer()
-    if shards.tokenizer_fingerprint != model_tokenizer.fingerprint:
+    if shards.tokenizer_fingerprint != checkpoint.state.get("tokenizer_fingerprint"):
         raise ValueError(
             f"shards={config.shards} were made by another tokenizer than the checkpoint's ({checkpoint.path}): "
             "tokenize the text with the checkpoint's own (--tokenizer=CHECKPOINT/tokenizer)"

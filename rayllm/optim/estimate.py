@@ -14,6 +14,7 @@ import numpy as np
 
 from rayllm.config.schema import PretrainConfig
 from rayllm.optim.scaling import PretrainPlan, plan
+from rayllm.runs.progress import render_duration
 from rayllm.text.tokenizer import read_tokenizer_json
 
 # Dense bfloat16 tensor peaks in FLOP/s, by what nvidia-smi calls the card (vendors' data sheets); first match wins.
@@ -56,7 +57,7 @@ def describe_plan(config: PretrainConfig) -> dict[str, object]:
         "lr_multiplier": f"{derived.lr_multiplier:.4f} (square root of tokens_per_step / 2^19)",
         "matrix_weight_decay": f"{derived.matrix_weight_decay:.4f}",
         "estimated_memory": f"{num_bytes / 2**30:.2f} GiB per worker",
-        "estimated_time": f"{format_duration(flops / rate)} at {rate / 1e9:,.0f} GFLOP/s ({rate_origin})",
+        "estimated_time": f"{render_duration(flops / rate)} at {rate / 1e9:,.0f} GFLOP/s ({rate_origin})",
     }
 
 
@@ -79,18 +80,6 @@ def assumed_flops_per_s(config: PretrainConfig) -> tuple[float, str]:
         return ASSUMED_UTILISATION * rate, f"{ASSUMED_UTILISATION:.0%} of {config.workers.num_workers} x {gpu}"
     peak = measure_cpu_flops_per_s()
     return ASSUMED_UTILISATION * peak, f"{ASSUMED_UTILISATION:.0%} of the float32 matrix product measured here"
-
-
-def format_duration(seconds: float) -> str:
-    """Two leading units: 45s, 12m30s, 3h05m, 2d04h."""
-    s = max(0, round(seconds))
-    if s < 60:
-        return f"{s}s"
-    if s < 3600:
-        return f"{s // 60}m{s % 60:02d}s"
-    if s < 86400:
-        return f"{s // 3600}h{s % 3600 // 60:02d}m"
-    return f"{s // 86400}d{s % 86400 // 3600:02d}h"
 
 
 def training_bytes_per_worker(plan: PretrainPlan, bytes_per_activation: int) -> int:

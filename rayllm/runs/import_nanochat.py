@@ -47,9 +47,9 @@ def run(config: ImportNanochatConfig) -> None:
     meta = json.loads(_existing(source / f"meta_{step:06d}.json").read_text(encoding="utf-8"))
     model_config = read_model_config(meta, source)
     tokenizer = read_tokenizer(_existing(source / "tokenizer.pkl"))
-    if tokenizer.vocab_size != model_config.vocab_size:
+    if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(
-            f"{source}/tokenizer.pkl has {tokenizer.vocab_size} tokens, the model {model_config.vocab_size}: "
+            f"{source}/tokenizer.pkl has {tokenizer.vocab_size} tokens, the model only {model_config.vocab_size}: "
             "copy the tokenizer that this model was trained with"
         )
     weights = read_weights(_existing(source / f"model_{step:06d}.pt"), model_config)
@@ -87,7 +87,7 @@ def read_weights(path: Path, config: GPTConfig) -> dict[str, Tensor]:
     """The state dict of a model file as float32, under our (the same) names."""
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} is no plain file of weights: {error}") from error
     weights = {name.removeprefix("_orig_mod."): tensor.float() for name, tensor in raw.items()}
     # Checkpoints from before these scalars behave as if they were there with these values.
@@ -121,12 +121,11 @@ def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a pickled tiktoken Encoding; ValueError when it is anything else."""
     try:
         encoding = _EncodingUnpickler(io.BytesIO(path.read_bytes())).load()
-        state = encoding.state
-        return Tokenizer(
-            ranks=state["mergeable_ranks"],
-            pattern=state["pat_str"],
-            special_tokens=tuple(sorted(state["special_tokens"], key=state["special_tokens"].__getitem__)),
-        )
+        ranks, special_ids = encoding.state["mergeable_ranks"], encoding.state["special_tokens"]
+        special_tokens = tuple(sorted(special_ids, key=special_ids.__getitem__))
+        if [special_ids[name] for name in special_tokens] != list(range(len(ranks), len(ranks) + len(special_ids))):
+            raise ValueError(f"{path}: the ids of its special tokens do not follow those of its {len(ranks)} merges")
+        return Tokenizer(ranks=ranks, pattern=encoding.state["pat_str"], special_tokens=special_tokens)
     except (pickle.UnpicklingError, AttributeError, KeyError, TypeError, EOFError, IndexError) as error:
         raise ValueError(f"{path} is no pickled tiktoken Encoding: {error}") from error
 

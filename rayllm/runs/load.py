@@ -47,11 +47,11 @@ def load_weights(model: GPT, checkpoint: Checkpoint) -> None:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer in a checkpoint; ValueError when its vocabulary is not the model's."""
-    tokenizer, vocab_size = checkpoint.load_tokenizer(), model_config(checkpoint).vocab_size
-    if tokenizer.vocab_size != vocab_size:
+    """The tokenizer in a checkpoint; ValueError when it is not the one the checkpoint was saved with."""
+    tokenizer = checkpoint.load_tokenizer()
+    if tokenizer.fingerprint != checkpoint.state.get("tokenizer_fingerprint"):
         raise ValueError(
-            f"{checkpoint.path}: its tokenizer has {tokenizer.vocab_size} tokens, its model {vocab_size}: "
-            "they do not belong together"
+            f"{checkpoint.path}/tokenizer is not the tokenizer that this model was trained with: "
+            "put the original one back"
         )
     return tokenizer

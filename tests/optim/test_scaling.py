@@ -6,7 +6,7 @@ import pytest
 
 from rayllm.config.schema import Horizon, ModelConfig, OptimConfig, PretrainConfig, WorkersConfig
 from rayllm.model.gpt import GPT
-from rayllm.optim.estimate import describe_plan, format_duration
+from rayllm.optim.estimate import describe_plan
 from rayllm.optim.scaling import count_parameters, plan, plan_model
 from rayllm.optim.schedule import PretrainSchedule
 
@@ -90,8 +90,3 @@ def test_schedule() -> None:
     assert schedule.at(0).weight_decay_share == 1
     assert schedule.at(500).weight_decay_share == pytest.approx(0.5)
     assert schedule.at(1000).weight_decay_share == pytest.approx(0)
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(5, "5s"), (750, "12m30s"), (11_100, "3h05m"), (187_200, "2d04h")])
-def test_durations(seconds, text) -> None:
-    assert format_duration(seconds) == text
