@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import sys
+import threading
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,8 @@ from rayllm.config.schema import PretrainConfig, WorkersConfig
 from rayllm.runs.progress import ProgressFollower
 from rayllm.runs.run_dir import open_run
 from rayllm.runs.tracking import check_sinks
+from rayllm.runtime import build_runtime
 from rayllm.training.pretrain import check_inputs, check_resume, run_worker
-from rayllm.training.runtime import build_runtime
 
 # What may differ when a run is resumed: how it is run and watched, not what it computes.
 RESUMABLE_CHANGES = (
@@ -41,6 +43,9 @@ def run(config: PretrainConfig) -> None:
         config.out, stage="pretrain", config=config, plan=plan.to_dict(), may_change=RESUMABLE_CHANGES
     ) as run_dir:
         checkpoint = check_resume(run_dir.path, plan)
+        if checkpoint is not None and checkpoint.step >= plan.num_steps:
+            print(f"pretrain: {config.out} holds all {plan.num_steps} steps of this recipe already; nothing to do")
+            return
         if checkpoint is not None:
             print(f"pretrain: resuming {config.out} after step {checkpoint.step} of {plan.num_steps}", file=sys.stderr)
         with cluster.connect() as ray_cluster:
@@ -79,7 +84,7 @@ def _train(config: PretrainConfig, run_path: Path, placement: ScalingConfig) -> 
             ),
         )
         try:
-            return trainer.fit().return_value
+            return _fit(trainer).return_value
         except TrainingFailedError as failure:
             cause = _root_cause(failure)
             if _is_fatal(cause) or num_failures == config.workers.max_failures:
@@ -90,6 +95,20 @@ def _train(config: PretrainConfig, run_path: Path, placement: ScalingConfig) -> 
                 file=sys.stderr,
             )
     raise AssertionError("unreachable: the last failure is raised")
+
+
+def _fit(trainer: TorchTrainer) -> ray.train.Result:
+    """`trainer.fit()` beside the main thread, where Ray Train would take Ctrl-C for itself."""
+    outcome: Future[ray.train.Result] = Future()
+
+    def fit() -> None:
+        try:
+            outcome.set_result(trainer.fit())
+        except Exception as error:  # noqa: BLE001 - handed over whole, and raised by result()
+            outcome.set_exception(error)
+
+    threading.Thread(target=fit, name="ray-train", daemon=True).start()
+    return outcome.result()
 
 
 def _with_absolute_paths(config: PretrainConfig) -> PretrainConfig:

@@ -8,8 +8,8 @@ from rayllm.config.schema import SampleConfig, SamplingConfig
 from rayllm.engine.runner import generate
 from rayllm.model.gpt import GPT
 from rayllm.runs.load import load
+from rayllm.runtime import build_runtime
 from rayllm.text.tokenizer import Tokenizer
-from rayllm.training.runtime import build_runtime
 
 
 def run(config: SampleConfig) -> None:

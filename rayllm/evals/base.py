@@ -18,7 +18,7 @@ from rayllm.runs.checkpoint import open_checkpoint
 from rayllm.runs.load import load
 from rayllm.runs.run_dir import open_run
 from rayllm.runs.tracking import build_tracker
-from rayllm.training.runtime import build_runtime
+from rayllm.runtime import build_runtime
 
 
 def run(config: BaseEvalConfig) -> None:

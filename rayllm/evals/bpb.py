@@ -14,7 +14,7 @@ import torch
 
 from rayllm.data.loader import TokenBatch
 from rayllm.model.gpt import GPT, IGNORE_INDEX
-from rayllm.training.runtime import Runtime
+from rayllm.runtime import Runtime
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from rayllm.data.loader import DataPosition, StepBatch
 from rayllm.model.gpt import GPT, IGNORE_INDEX
 from rayllm.optim.optimizer import MuonAdamW
 from rayllm.optim.schedule import Schedule
-from rayllm.training.runtime import Runtime
+from rayllm.runtime import Runtime
 
 Metrics = dict[str, float]
 
@@ -74,7 +74,8 @@ def fit(
         num_tokens += num_loss_tokens
 
         done, is_last = step + 1, step + 1 == num_steps
-        if _is_due(done, intervals.log_every, is_last):
+        is_saved = _is_due(done, intervals.save_every, is_last)
+        if is_saved or _is_due(done, intervals.log_every, is_last):  # nothing is saved unseen
             mean_loss = float(runtime.sum_over_workers(loss))
             if not math.isfinite(mean_loss):
                 raise FloatingPointError(f"loss is {mean_loss} at step {done}: lower the learning rates (optim.*_lr)")
@@ -96,7 +97,7 @@ def fit(
             callbacks.report(done, callbacks.evaluate())
         if _is_due(done, intervals.sample_every, is_last):
             callbacks.sample(done)
-        if _is_due(done, intervals.save_every, is_last):
+        if is_saved:
             callbacks.save(done, batch.position)
         since += time.perf_counter() - paused
 

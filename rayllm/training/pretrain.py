@@ -19,9 +19,9 @@ from rayllm.optim.schedule import PretrainSchedule
 from rayllm.runs.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from rayllm.runs.load import load_weights, model_config
 from rayllm.runs.tracking import Tracker, build_tracker
+from rayllm.runtime import Runtime
 from rayllm.text.tokenizer import Tokenizer
 from rayllm.training.loop import Callbacks, Intervals, Metrics, fit
-from rayllm.training.runtime import Runtime
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -94,8 +94,6 @@ def run_worker(config: PretrainConfig, run_path: Path, runtime: Runtime) -> Metr
         )
     stage = _PretrainStage(config, run_path, runtime, shards, tokenizer, derived, model, optimizer, tracker)
     try:
-        if first_step >= derived.num_steps:
-            return stage.evaluate()
         fit(
             model,
             optimizer,

@@ -12,7 +12,7 @@ from rayllm.data.loader import TokenBatch
 from rayllm.evals.bpb import evaluate_bpb
 from rayllm.model.config import GPTConfig
 from rayllm.model.gpt import GPT
-from rayllm.training.runtime import build_runtime
+from rayllm.runtime import build_runtime
 
 TOKEN_BYTES = np.array([0] + [1 + i % 4 for i in range(39)], dtype=np.int32)  # token 0 is special
 

@@ -16,8 +16,8 @@ from rayllm.model.config import GPTConfig
 from rayllm.model.gpt import GPT
 from rayllm.optim.groups import build_optimizer
 from rayllm.optim.schedule import PretrainSchedule
+from rayllm.runtime import Runtime, build_runtime
 from rayllm.training.loop import Callbacks, Intervals, fit, forward_backward
-from rayllm.training.runtime import Runtime, build_runtime
 
 NUM_ROWS, NUM_TOKENS, VOCAB = 8, 12, 60
 

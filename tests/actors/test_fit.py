@@ -1,0 +1,221 @@
+"""Pretraining through Ray Train: any number of workers, killed and resumed, interrupted, on bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from actors import fit
+from rayllm.config.load import to_yaml
+from rayllm.config.schema import OptimConfig, PretrainConfig, TrackingConfig
+from rayllm.runs.checkpoint import open_checkpoint
+from rayllm.runs.tracking import read_metrics
+from rayllm.text.tokenizer import SPLIT_PATTERN, Tokenizer
+
+Recipe = Callable[..., PretrainConfig]
+HANG_LIMIT_S = 240.0
+
+
+def losses(out: Path) -> dict[int, float]:
+    return {r["step"]: r["train/loss"] for r in read_metrics(out / "metrics.jsonl") if "train/loss" in r}
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    state = load_file(open_checkpoint(out).path / "model.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in state.items()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tiny_recipe: Recipe, ray_session: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PretrainConfig, Path]:
+    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    config = tiny_recipe(out)
+    fit.run(config)
+    return config, out
+
+
+def test_a_run_leaves_what_one_needs_to_trust_and_repeat_it(uninterrupted) -> None:
+    config, out = uninterrupted
+    records = read_metrics(out / "metrics.jsonl")
+    assert sorted(losses(out)) == list(range(1, 21))
+    assert losses(out)[20] < losses(out)[1] - 0.5
+    validation = {r["step"]: r["val/bpb"] for r in records if "val/bpb" in r}
+    assert list(validation) == [0, 10, 20] and validation[20] < validation[0]
+    assert sum(r.get("name") == "sample" for r in records) == 7
+    assert (out / "config.yaml").read_text(encoding="utf-8").strip() == to_yaml(config).strip()
+    plan = json.loads((out / "plan.json").read_text(encoding="utf-8"))
+    assert (plan["num_steps"], plan["tokens_per_step"]) == (20, 512)
+    launch = json.loads((out / "provenance.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert {"command", "versions", "git"} <= launch.keys()
+    steps = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert steps == ["step_000016", "step_000020"], "the newest two"
+
+
+def test_two_workers_match_one(uninterrupted, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    _, one = uninterrupted
+    fit.run(tiny_recipe(tmp_path / "two", num_workers=2))
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), abs=1e-4)
+
+
+def test_a_finished_run_is_not_run_again(uninterrupted, capsys: pytest.CaptureFixture[str]) -> None:
+    config, out = uninterrupted
+    before, num_records = weights(out), len(read_metrics(out / "metrics.jsonl"))
+    fit.run(config)
+    assert "holds all 20 steps of this recipe already" in capsys.readouterr().out
+    assert weights(out) == before and len(read_metrics(out / "metrics.jsonl")) == num_records
+
+
+class Command:
+    """`rayllm pretrain` in a process of its own, whose Ray processes can be found by a mark in their environment."""
+
+    def __init__(self, config: PretrainConfig, folder: Path) -> None:
+        self.mark = uuid.uuid4().hex
+        recipe = folder / "recipe.yaml"
+        recipe.write_text(to_yaml(config), encoding="utf-8")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "rayllm", "pretrain", str(recipe)],
+            env={**os.environ, "RAYLLM_TEST_MARK": self.mark},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for(self, path: Path) -> None:
+        deadline = time.monotonic() + HANG_LIMIT_S
+        while not path.exists():
+            assert self.process.poll() is None, f"ended early:\n{self.process.communicate()[0]}"
+            assert time.monotonic() < deadline, f"waited {HANG_LIMIT_S} s for {path}"
+            time.sleep(0.01)
+
+    def processes(self, name: str = "") -> list[int]:
+        """Living processes that this command started, those whose title holds `name`."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            try:
+                is_ours = folder.name.isdigit() and self.mark.encode() in (folder / "environ").read_bytes()
+                is_named = is_ours and name.encode() in (folder / "cmdline").read_bytes()
+                if is_named and "\nState:\tZ" not in (folder / "status").read_text():
+                    found.append(int(folder.name))
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+        return found
+
+    def wait_until_gone(self) -> None:
+        deadline = time.monotonic() + 60
+        while left := self.processes():
+            assert time.monotonic() < deadline, f"processes {left} are still there a minute after the command ended"
+            time.sleep(0.2)
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Iterator[Callable[[PretrainConfig], Command]]:
+    started: list[Command] = []
+
+    def start(config: PretrainConfig) -> Command:
+        started.append(Command(config, tmp_path))
+        return started[-1]
+
+    yield start
+    for command in started:
+        for pid in command.processes():
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_killed_run_ends_with_the_same_weights(uninterrupted, tiny_recipe: Recipe, commands, tmp_path: Path) -> None:
+    """SIGKILL at an unknown moment after the second checkpoint; the same command again ends bit for bit alike."""
+    _, expected = uninterrupted
+    config = tiny_recipe(tmp_path / "killed")
+    first = commands(config)
+    first.wait_for(tmp_path / "killed" / "checkpoints" / "step_000008")
+    os.killpg(first.process.pid, signal.SIGKILL)
+    first.process.wait()
+    first.wait_until_gone()
+    assert open_checkpoint(tmp_path / "killed").step < 20, "it was killed before its end"
+
+    again = commands(config)
+    output, _ = again.process.communicate(timeout=HANG_LIMIT_S)
+    assert again.process.returncode == 0, output
+    assert "resuming" in output
+    assert weights(tmp_path / "killed") == weights(expected)
+    assert losses(tmp_path / "killed") == losses(expected)
+
+
+def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tiny_recipe: Recipe, commands, tmp_path: Path) -> None:
+    command = commands(tiny_recipe(tmp_path / "run", num_steps=100_000))
+    command.wait_for(tmp_path / "run" / "checkpoints" / "step_000008")
+    command.process.send_signal(signal.SIGINT)
+    output, _ = command.process.communicate(timeout=HANG_LIMIT_S)
+    assert command.process.returncode == 130, output
+    ours = [line for line in output.splitlines() if "pid=" not in line]  # the rest is what Ray's own actors print
+    assert "Traceback" not in "\n".join(ours)
+    command.wait_until_gone()
+    assert open_checkpoint(tmp_path / "run").step >= 8
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced(uninterrupted, tiny_recipe: Recipe, commands, tmp_path: Path) -> None:
+    _, expected = uninterrupted
+    command = commands(tiny_recipe(tmp_path / "run"))
+    command.wait_for(tmp_path / "run" / "checkpoints" / "step_000004")
+    for pid in command.processes("RayTrainWorker"):
+        os.kill(pid, signal.SIGKILL)
+    output, _ = command.process.communicate(timeout=HANG_LIMIT_S)
+    assert command.process.returncode == 0, output
+    assert "starting them again from the last checkpoint (1 of at most 3 times)" in output
+    assert weights(tmp_path / "run") == weights(expected)
+
+
+def test_a_diverging_run_says_so_once_and_is_not_tried_again(
+    ray_session: None, tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rates = OptimConfig(embedding_lr=1e30, unembedding_lr=1e30, matrix_lr=1e30, warmup_steps=0)
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step \d+: lower the learning rates"):
+        fit.run(tiny_recipe(tmp_path / "run", optim=rates))
+    assert "starting them again" not in capsys.readouterr().err
+
+
+def test_bad_input_is_said_before_ray_starts(tiny_recipe: Recipe, uninterrupted, tmp_path: Path) -> None:
+    config, out = uninterrupted
+    with pytest.raises(ValueError, match=r"depth was 2 and is now 3"):
+        fit.run(replace(config, depth=3))
+    with pytest.raises(FileNotFoundError, match="no_tokenizer"):
+        fit.run(tiny_recipe(tmp_path / "a", data=replace(config.data, tokenizer="no_tokenizer")))
+    with pytest.raises(FileNotFoundError, match="no_shards"):
+        fit.run(tiny_recipe(tmp_path / "a", data=replace(config.data, shards="no_shards")))
+    Tokenizer({bytes([b]): b for b in range(256)} | {b"is": 256}, SPLIT_PATTERN).save(tmp_path / "other")
+    with pytest.raises(ValueError, match="were made by another tokenizer"):
+        fit.run(tiny_recipe(tmp_path / "a", data=replace(config.data, tokenizer=str(tmp_path / "other"))))
+    with pytest.raises(ValueError, match="must be a multiple of"):
+        fit.run(tiny_recipe(tmp_path / "a", tokens_per_step=500))
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("not a run")
+    with pytest.raises(ValueError, match="full"):
+        fit.run(tiny_recipe(tmp_path / "full"))
+
+
+def test_more_workers_than_the_machine_has_are_refused(ray_session: None, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    config = tiny_recipe(tmp_path / "run", num_workers=512, tokens_per_step=64 * 512)
+    with pytest.raises(ValueError, match=r"this machine is too small: 512 workers need 512 CPU"):
+        fit.run(config)
+
+
+def test_tensorboard_and_wandb_at_once(ray_session: None, tiny_recipe: Recipe, tmp_path: Path) -> None:
+    tracking = TrackingConfig(sinks=("tensorboard", "wandb"))
+    fit.run(tiny_recipe(tmp_path / "run", num_steps=3, tracking=tracking))
+    files = [str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")]
+    assert any("events.out.tfevents" in name for name in files)
+    assert any(name.endswith(".wandb") for name in files)
