@@ -41,7 +41,7 @@ def test_real_text_becomes_a_model(
     fit.run(laptop(PretrainConfig, [*shorter, *often]))
     records = read_metrics(Path("runs/laptop/base/metrics.jsonl"))
     losses = [record["train/loss"] for record in records if "train/loss" in record]
-    assert losses[-1] < losses[0] - 1.0, losses
+    assert losses[-1] < losses[0] - 0.3, losses
 
     capsys.readouterr()
     base.run(laptop(BaseEvalConfig, ["--max_tokens=8192"]))
