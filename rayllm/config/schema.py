@@ -1,4 +1,4 @@
-"""One frozen, typed tree per stage. Torch-free; every field is documented where it stands.
+"""One frozen, typed tree per stage, from text to a base model. Torch-free; every field is documented where it stands.
 
 The docstring under a field is its help text (`rayllm STAGE --help`). Intent lives here; numbers
 that follow from it (steps, batch split, learning rates) are derived by `rayllm.optim.scaling`.
@@ -24,11 +24,11 @@ _CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_na
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
-def _frozen(cls: type[_T]) -> type[_T]:
+def frozen(cls: type[_T]) -> type[_T]:
     return cast(type[_T], dataclass(frozen=True, kw_only=True, config=_CONFIG)(cls))
 
 
-@_frozen
+@frozen
 class TrackingConfig:
     """Where metrics go besides `metrics.jsonl`, which is always written."""
 
@@ -40,7 +40,7 @@ class TrackingConfig:
     """Name of the run in the sinks; null: the name of the run directory."""
 
 
-@_frozen
+@frozen
 class TokenizerConfig:
     """Train a byte-pair tokenizer on text and compare it with well-known ones."""
 
@@ -61,7 +61,7 @@ class TokenizerConfig:
     """Cut documents to this many characters, so that no single one dominates the merges."""
 
 
-@_frozen
+@frozen
 class ValidationSplit:
     """Which documents are held out. The rule is stored in the manifest and never changes silently."""
 
@@ -73,7 +73,7 @@ class ValidationSplit:
     """Sources held out whole, for `kind: sources`."""
 
 
-@_frozen
+@frozen
 class TokenizeConfig:
     """Tokenize text into token shards on disk, in parallel, with Ray Data."""
 
@@ -91,7 +91,7 @@ class TokenizeConfig:
     """Parquet row groups that one task reads and one shard holds."""
 
 
-@_frozen
+@frozen
 class ModelConfig:
     """The architecture around the depth dial."""
 
@@ -107,7 +107,7 @@ class ModelConfig:
     """Attention windows, tiled over the layers: L full context, S a quarter; the last layer is always L."""
 
 
-@_frozen
+@frozen
 class Horizon:
     """How long to train."""
 
@@ -118,7 +118,7 @@ class Horizon:
     """The amount, in the unit of `kind`."""
 
 
-@_frozen
+@frozen
 class OptimConfig:
     """MuonAdamW: learning rates at the reference batch of 2^19 tokens, and their schedule."""
 
@@ -140,7 +140,7 @@ class OptimConfig:
     """Learning rate at the end, as a share of its peak."""
 
 
-@_frozen
+@frozen
 class PretrainDataConfig:
     """What the model reads."""
 
@@ -155,7 +155,7 @@ class PretrainDataConfig:
     """Seed of the order of documents."""
 
 
-@_frozen
+@frozen
 class WorkersConfig:
     """Data-parallel workers and what each computes on."""
 
@@ -173,7 +173,7 @@ class WorkersConfig:
     """How long to wait for the cluster to offer the workers' resources before giving up."""
 
 
-@_frozen
+@frozen
 class PretrainConfig:
     """Pretrain a base model on token shards. `depth` is the one dial."""
 
@@ -215,7 +215,7 @@ class PretrainConfig:
     """Where metrics go."""
 
 
-@_frozen
+@frozen
 class SamplingConfig:
     """How the next token is drawn."""
 
@@ -229,7 +229,7 @@ class SamplingConfig:
     """Seed of the draws."""
 
 
-@_frozen
+@frozen
 class SampleConfig:
     """Continue a text with any checkpoint."""
 
@@ -247,7 +247,7 @@ class SampleConfig:
     """auto: bfloat16 on GPUs that have it, else float32."""
 
 
-@_frozen
+@frozen
 class BaseEvalConfig:
     """Bits per byte of a base model on the validation split, and samples."""
 
@@ -279,7 +279,7 @@ class BaseEvalConfig:
     """Where metrics go."""
 
 
-@_frozen
+@frozen
 class ImportNanochatConfig:
     """Turn a nanochat checkpoint directory into our checkpoint and tokenizer; runs no code from a pickle."""
 

@@ -1,77 +1,77 @@
-"""Continuing a prompt: prefill once, then decode all its samples together with a KV cache."""
+"""The tensors of the engine: prompts are prefilled once, rows decode together.
+
+Shapes: B rows, T tokens, V vocab.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from rayllm.config.schema import SamplingConfig
-from rayllm.engine.sampling import sample_tokens, stable_seed
 from rayllm.model.gpt import GPT
 from rayllm.model.kv_cache import KVCache
-from rayllm.types import Completion
+
+ROWS_PER_BUCKET = 8
+"""Decode steps work on a multiple of so many rows, so that shapes are few."""
 
 
-@torch.inference_mode()
-def generate(
-    model: GPT,
-    prompt: Sequence[int],
-    sampling: SamplingConfig,
-    *,
-    num_samples: int = 1,
-    stop_ids: Collection[int] = (),
-    prompt_id: str = "",
-) -> list[Completion]:
-    """Completions of one prompt of token ids; each ends after a stop token (kept) or `sampling.max_tokens`.
+@dataclass(frozen=True)
+class Prefilled:
+    """A prompt's keys and values, and the logits (V,) of what follows it."""
 
-    A sample depends only on its seed, hashed from (sampling.seed, prompt_id, sample index), and on the prompt.
-    Raises ValueError for an empty prompt or an id outside the vocabulary.
-    """
-    _check_prompt(model, prompt)
-    device = model.lm_head.weight.device
-    cache = KVCache(
-        model.config,
-        num_rows=1,
-        capacity=len(prompt) + sampling.max_tokens,
-        device=device,
-        dtype=model.compute_dtype or model.lm_head.weight.dtype,
-    )
-    logits_BV = model(torch.tensor([list(prompt)], device=device), cache=cache)[:, -1].repeat(num_samples, 1)
-    cache = cache.repeat(num_samples)
-    seeds = np.array([stable_seed(sampling.seed, prompt_id, i) for i in range(num_samples)], dtype=np.uint64)
-    token_columns: list[list[int]] = []
-    logprob_columns: list[list[float]] = []
-    is_done = np.zeros(num_samples, dtype=bool)
-    for t in range(sampling.max_tokens):
-        tokens_B, logprobs_B = sample_tokens(
-            logits_BV, seeds, t, temperature=sampling.temperature, top_k=sampling.top_k
-        )
-        token_columns.append(tokens_B.tolist())
-        logprob_columns.append(logprobs_B.tolist())
-        is_done |= np.isin(token_columns[-1], list(stop_ids))
-        if is_done.all() or t + 1 == sampling.max_tokens:
-            break
-        logits_BV = model(tokens_B[:, None], cache=cache)[:, -1]
-    rows = zip(zip(*token_columns, strict=True), zip(*logprob_columns, strict=True), strict=True)
-    return [_completion(tokens, logprobs, stop_ids) for tokens, logprobs in rows]
+    cache: KVCache
+    logits_V: Tensor
 
 
-def _completion(tokens: Sequence[int], logprobs: Sequence[float], stop_ids: Collection[int]) -> Completion:
-    stop_idx = next((i for i, token in enumerate(tokens) if token in stop_ids), None)
-    num_tokens = len(tokens) if stop_idx is None else stop_idx + 1
-    return Completion(
-        token_ids=tuple(tokens[:num_tokens]),
-        sampled_mask=(True,) * num_tokens,
-        logprobs=tuple(logprobs[:num_tokens]),
-        finish_reason="length" if stop_idx is None else "stop",
-    )
+class ModelRunner:
+    """A model and a cache of `num_slots` rows of up to `max_len` tokens."""
 
+    def __init__(self, model: GPT, num_slots: int, max_len: int) -> None:
+        self.model = model
+        self._cache = self._build_cache(num_slots, max_len)
+        self._logits_BV = torch.zeros(num_slots, model.config.vocab_size, device=self.device)
 
-def _check_prompt(model: GPT, prompt: Sequence[int]) -> None:
-    if not prompt:
-        raise ValueError("the prompt is empty: give at least one token (the bos token starts a text)")
-    outside = [token for token in prompt if not 0 <= token < model.config.vocab_size]
-    if outside:
-        raise ValueError(f"prompt token {outside[0]} is outside the vocabulary of {model.config.vocab_size}")
+    @property
+    def device(self) -> torch.device:
+        return self.model.lm_head.weight.device
+
+    @torch.inference_mode()
+    def prefill(self, token_ids: Sequence[int]) -> Prefilled:
+        """Run a prompt."""
+        cache = self._build_cache(1, len(token_ids))
+        logits_BTV = self.model(torch.tensor([list(token_ids)], device=self.device), cache=cache)
+        return Prefilled(cache, logits_BTV[0, -1].float())
+
+    def place(self, prefilled: Prefilled, row_idx: int) -> None:
+        """Start a row from a prompt."""
+        self._cache.copy_row(row_idx, prefilled.cache, 0)
+        self._logits_BV[row_idx] = prefilled.logits_V
+
+    def free(self, row_idx: int, from_idx: int | None) -> None:
+        """Give up a row; what stands in row `from_idx` moves there."""
+        self._cache.clear_row(row_idx)
+        if from_idx is not None:
+            self._cache.copy_row(row_idx, self._cache, from_idx)
+            self._logits_BV[row_idx] = self._logits_BV[from_idx]
+            self._cache.clear_row(from_idx)
+
+    def logits_BV(self, num_rows: int) -> Tensor:
+        """What the first rows would say next (a view)."""
+        return self._logits_BV[:num_rows]
+
+    @torch.inference_mode()
+    def decode(self, token_ids: Sequence[int]) -> None:
+        """Append one token to each of the first rows and compute what follows."""
+        num_rows = len(token_ids)
+        bucket = min(-(-num_rows // ROWS_PER_BUCKET) * ROWS_PER_BUCKET, self._cache.num_rows)
+        tokens_B1 = torch.tensor([*token_ids, *[0] * (bucket - num_rows)], device=self.device)[:, None]
+        self._logits_BV[:bucket] = self.model(tokens_B1, cache=self._cache.first(bucket))[:, -1]
+        for row_idx in range(num_rows, bucket):
+            self._cache.clear_row(row_idx)
+
+    def _build_cache(self, num_rows: int, capacity: int) -> KVCache:
+        dtype = self.model.compute_dtype or self.model.lm_head.weight.dtype
+        return KVCache(self.model.config, num_rows, capacity, device=self.device, dtype=dtype)

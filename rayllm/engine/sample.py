@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rayllm.config.schema import SampleConfig, SamplingConfig
-from rayllm.engine.runner import generate
+from rayllm.engine.engine import Engine
 from rayllm.model.gpt import GPT
 from rayllm.runs.load import load
 from rayllm.runtime import build_runtime
 from rayllm.text.tokenizer import Tokenizer
+from rayllm.types import Prompt
 
 
 def run(config: SampleConfig) -> None:
@@ -25,8 +26,11 @@ def continue_text(
     model: GPT, tokenizer: Tokenizer, prompt: str, sampling: SamplingConfig, *, num_samples: int = 1
 ) -> Sequence[str]:
     """What the model adds to a text, up to `sampling.max_tokens` tokens or the end of the document (bos)."""
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    completions = generate(model, ids, sampling, num_samples=num_samples, stop_ids=[tokenizer.bos_id], prompt_id=prompt)
+    start = Prompt(prompt, (tokenizer.bos_id, *tokenizer.encode(prompt)))
+    engine = Engine(model, tokenizer, num_slots=num_samples, max_len=len(start.token_ids) + sampling.max_tokens)
+    (completions,) = engine.generate([start], sampling, num_samples=num_samples)
+    if any(c.finish_reason == "failed" for c in completions):
+        raise ValueError("the model's logits are not finite: its weights are damaged or diverged")
     # An imported model may know ids that its tokenizer has no text for.
     return [
         tokenizer.decode([i for i in c.token_ids if i != tokenizer.bos_id and i < tokenizer.vocab_size])

@@ -18,11 +18,11 @@ def stable_seed(*address: object) -> int:
     return int.from_bytes(digest, "little")
 
 
-def uniform_draws(seeds: np.ndarray, t: int) -> np.ndarray:
-    """One number in [0, 1) per seed (uint64) for token `t`, by SplitMix64 (Steele et al. 2014), a counter-based
-    generator."""
+def uniform_draws(seeds: np.ndarray, t: int | np.ndarray) -> np.ndarray:
+    """One number in [0, 1) per seed (uint64) for token `t`, or each for its own (uint64), by SplitMix64 (Steele et
+    al. 2014), a counter-based generator."""
     with np.errstate(over="ignore"):
-        z = seeds + np.uint64(t + 1) * np.uint64(0x9E3779B97F4A7C15)
+        z = seeds + (np.uint64(1) + np.asarray(t, dtype=np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
@@ -30,7 +30,7 @@ def uniform_draws(seeds: np.ndarray, t: int) -> np.ndarray:
 
 
 def sample_tokens(
-    logits_BV: Tensor, seeds: np.ndarray, t: int, *, temperature: float, top_k: int | None
+    logits_BV: Tensor, seeds: np.ndarray, t: int | np.ndarray, *, temperature: float, top_k: int | None
 ) -> tuple[Tensor, Tensor]:
     """Next token of each row and its log-probability under the distribution drawn from; both of shape (B,).
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn as nn
@@ -35,6 +35,14 @@ Reduction = Literal["mean", "sum", "none"]
 def norm(x: Tensor) -> Tensor:
     """RMSNorm over the last dimension, without parameters."""
     return F.rms_norm(x, (x.size(-1),))
+
+
+class Positions(NamedTuple):
+    """Where a forward's tokens stand: their rotary angles, and (B, T) indices where rows differ in length."""
+
+    cos: Tensor
+    sin: Tensor
+    uneven_BT: Tensor | None
 
 
 class Linear(nn.Linear):
@@ -63,18 +71,16 @@ class Attention(nn.Module):
         has_value_embed = layer_idx in config.value_embed_layers
         self.ve_gate = Linear(VE_GATE_CHANNELS, config.num_kv_heads) if has_value_embed else None
 
-    def forward(
-        self, h_BTD: Tensor, value_embed: Tensor | None, cos_TE: Tensor, sin_TE: Tensor, cache: KVCache | None
-    ) -> Tensor:
+    def forward(self, h_BTD: Tensor, value_embed: Tensor | None, at: Positions, cache: KVCache | None) -> Tensor:
         heads = (*h_BTD.shape[:2], -1, self.head_dim)
         q_BTHE, k_BTKE, v_BTKE = (proj(h_BTD).view(heads) for proj in (self.c_q, self.c_k, self.c_v))
         if self.ve_gate is not None and value_embed is not None:
             gate_BTK1 = 3 * torch.sigmoid(self.ve_gate(h_BTD[..., :VE_GATE_CHANNELS])).unsqueeze(-1)
             v_BTKE = v_BTKE + gate_BTK1 * value_embed.view(heads)
-        q_BTHE, k_BTKE = (norm(rotate(x, cos_TE, sin_TE)) * QK_SCALE for x in (q_BTHE, k_BTKE))
+        q_BTHE, k_BTKE = (norm(rotate(x, at.cos, at.sin)) * QK_SCALE for x in (q_BTHE, k_BTKE))
         if cache is not None:
-            k_BTKE, v_BTKE = cache.append(self.layer_idx, k_BTKE, v_BTKE)
-        return self.c_proj(attend(q_BTHE, k_BTKE, v_BTKE, self.window).flatten(2))
+            k_BTKE, v_BTKE = cache.append(self.layer_idx, k_BTKE, v_BTKE, at.uneven_BT)
+        return self.c_proj(attend(q_BTHE, k_BTKE, v_BTKE, self.window, at.uneven_BT).flatten(2))
 
 
 class MLP(nn.Module):
@@ -97,10 +103,8 @@ class Block(nn.Module):
         self.attn = Attention(config, layer_idx)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x_BTD: Tensor, value_embed: Tensor | None, cos_TE: Tensor, sin_TE: Tensor, cache: KVCache | None
-    ) -> Tensor:
-        x_BTD = x_BTD + self.attn(norm(x_BTD), value_embed, cos_TE, sin_TE, cache)
+    def forward(self, x_BTD: Tensor, value_embed: Tensor | None, at: Positions, cache: KVCache | None) -> Tensor:
+        x_BTD = x_BTD + self.attn(norm(x_BTD), value_embed, at, cache)
         return x_BTD + self.mlp(norm(x_BTD))
 
 
@@ -161,18 +165,8 @@ class GPT(nn.Module):
         return nll.view_as(targets_BT) if reduction == "none" else nll
 
     def _trunk(self, tokens_BT: Tensor, cache: KVCache | None) -> Tensor:
-        num_tokens = tokens_BT.size(1)
-        start = 0 if cache is None else cache.position
-        if start + num_tokens > self.cos_SE.size(0):
-            raise ValueError(
-                f"sequence of {start + num_tokens} tokens is longer than the {self.cos_SE.size(0)} positions this "
-                f"model has ({POSITIONS_PER_ROW} times its sequence_len {self.config.sequence_len}): shorten it"
-            )
-        if cache is not None:
-            cache.require_room(num_tokens)
         dtype = self.compute_dtype or self.lm_head.weight.dtype
-        cos_TE, sin_TE = (t[start : start + num_tokens].to(dtype) for t in (self.cos_SE, self.sin_SE))
-
+        at = self._positions(tokens_BT.size(1), cache, dtype)
         x_BTD = norm(self.wte(tokens_BT).to(dtype))
         last_embed_BD = x_BTD[:, -1]
         x0_BTD = x_BTD = self._smear(x_BTD, cache)
@@ -180,17 +174,33 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             x_BTD = self.resid_lambdas[i] * x_BTD + self.x0_lambdas[i] * x0_BTD
             value_embed = self.value_embeds[str(i)](tokens_BT).to(dtype) if str(i) in self.value_embeds else None
-            x_BTD = block(x_BTD, value_embed, cos_TE, sin_TE, cache)
+            x_BTD = block(x_BTD, value_embed, at, cache)
             if i == self.config.num_layers // 2:
                 x_mid_BTD = x_BTD
         if cache is not None:
-            cache.advance(num_tokens, last_embed_BD)
+            cache.advance(tokens_BT.size(1), last_embed_BD)
         return norm(x_BTD - self.backout_lambda.to(dtype) * x_mid_BTD)
+
+    def _positions(self, num_tokens: int, cache: KVCache | None, dtype: torch.dtype) -> Positions:
+        """Where the tokens stand, after checking that there is room for them."""
+        end = num_tokens + (0 if cache is None else int(cache.lengths.max()))
+        if end > self.cos_SE.size(0):
+            raise ValueError(
+                f"sequence of {end} tokens is longer than the {self.cos_SE.size(0)} positions this model has "
+                f"({POSITIONS_PER_ROW} times its sequence_len {self.config.sequence_len}): shorten it"
+            )
+        if cache is not None:
+            cache.require_room(num_tokens)
+        uneven_BT = None if cache is None or cache.is_even else cache.positions_BT(num_tokens)
+        chosen = slice(end - num_tokens, end) if uneven_BT is None else uneven_BT
+        cos, sin = (table[chosen].to(dtype).unsqueeze(-2) for table in (self.cos_SE, self.sin_SE))
+        return Positions(cos, sin, uneven_BT)
 
     def _smear(self, x_BTD: Tensor, cache: KVCache | None) -> Tensor:
         """Mix a gated share of the token before into each token; a sequence's first token has none before it."""
-        before_BTD = F.pad(x_BTD[:, :-1], (0, 0, 1, 0))
-        if cache is not None and cache.last_embed_BD is not None:
+        if cache is None:
+            before_BTD = F.pad(x_BTD[:, :-1], (0, 0, 1, 0))
+        else:
             before_BTD = torch.cat([cache.last_embed_BD[:, None], x_BTD[:, :-1]], dim=1)
         gate_BT1 = self.smear_lambda.to(x_BTD.dtype) * torch.sigmoid(self.smear_gate(x_BTD[..., :SMEAR_GATE_CHANNELS]))
         return x_BTD + gate_BT1 * before_BTD
@@ -243,8 +253,10 @@ def rotary_tables(num_positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
     return angle_SE.cos(), angle_SE.sin()
 
 
-def rotate(x_BTHE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Rotate the two halves of each head by minus the angle of its position (RoPE, half-split)."""
-    cos_T1E, sin_T1E = cos_TE[:, None], sin_TE[:, None]
+def rotate(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the two halves of each head by minus the angle of its position (RoPE, half-split).
+
+    `cos` and `sin` are of shape (T, 1, E / 2), or (B, T, 1, E / 2) where rows stand at different positions.
+    """
     a, b = x_BTHE.chunk(2, dim=-1)
-    return torch.cat([a * cos_T1E + b * sin_T1E, b * cos_T1E - a * sin_T1E], dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)

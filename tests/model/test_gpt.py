@@ -66,17 +66,41 @@ def test_decode_token_by_token_beyond_every_window() -> None:
     torch.testing.assert_close(torch.cat(parts, dim=1), full_BTV, atol=1e-10, rtol=0)
 
 
-def test_repeated_cache_decodes_every_sample_like_the_prompt() -> None:
-    model = tiny_model()
-    tokens_BT = random_tokens(model, 1, 20)
-    cache = KVCache(model.config, num_rows=1, capacity=20, device="cpu", dtype=torch.float64)
+@pytest.mark.parametrize("pattern", ["L", "SSL"])
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+def test_rows_of_different_lengths_decode_together(pattern, num_kv_heads) -> None:
+    """One row is a copy of a prompt, one is its own, one is empty: each goes on as if it were alone."""
+    model = tiny_model(sequence_len=130, num_heads=2, num_kv_heads=num_kv_heads, d_model=24, window_pattern=pattern)
+    tokens_BT = random_tokens(model, 3, 200)
+    starts = [150, 140, 0]
+    cache = KVCache(model.config, num_rows=4, capacity=200, device="cpu", dtype=torch.float64)
     with torch.no_grad():
-        model(tokens_BT[:, :15], cache=cache)
-        repeated = cache.repeat(3)
-        logits_BTV = model(tokens_BT[:, 15:].expand(3, -1), cache=repeated)
-        full_BTV = model(tokens_BT)[:, 15:]
-    torch.testing.assert_close(logits_BTV, full_BTV.expand(3, -1, -1), atol=1e-10, rtol=0)
-    assert (cache.position, repeated.position) == (15, 20)
+        for row_idx, start in enumerate(starts[:2]):
+            prompt = KVCache(model.config, num_rows=1, capacity=start, device="cpu", dtype=torch.float64)
+            model(tokens_BT[row_idx : row_idx + 1, :start], cache=prompt)
+            cache.copy_row(row_idx, prompt, 0)
+        decoded = []
+        for chunk in (1, 1, 5, 20, 1):
+            rows = [t[start : start + chunk] for t, start in zip(tokens_BT, starts, strict=True)]
+            decoded.append(model(torch.stack(rows), cache=cache.first(3)))
+            starts = [start + chunk for start in starts]
+        decoded_BTV, full_BTV = torch.cat(decoded, dim=1), model(tokens_BT)
+    assert cache.lengths.tolist() == [*starts, 0]
+    for row_idx, end in enumerate(starts):
+        torch.testing.assert_close(decoded_BTV[row_idx], full_BTV[row_idx, end - 28 : end], atol=1e-10, rtol=0)
+
+
+def test_a_cleared_row_leaves_nothing_behind() -> None:
+    model = tiny_model()
+    tokens_BT = random_tokens(model, 2, 12)
+    cache = KVCache(model.config, num_rows=2, capacity=20, device="cpu", dtype=torch.float64)
+    with torch.no_grad():
+        model(tokens_BT, cache=cache)
+        cache._k_LBSKE[:, 1, :12] = torch.nan
+        cache.clear_row(1)
+        decoded = [model(tokens_BT.roll(-t, 1)[:, :1], cache=cache) for t in range(5)]
+        full_BTV = model(tokens_BT[1:])
+    torch.testing.assert_close(torch.cat(decoded, dim=1)[1:], full_BTV[:, :5], atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("window", [0, 1, 3, 7, 100])
@@ -168,7 +192,7 @@ def test_a_full_cache_and_a_too_long_sequence_are_refused() -> None:
     cache = KVCache(model.config, num_rows=1, capacity=4, device="cpu", dtype=torch.float64)
     with pytest.raises(ValueError, match="holds 0 of 4 tokens, no room for 5 more"):
         model(random_tokens(model, 1, 5), cache=cache)
-    assert cache.position == 0
+    assert cache.lengths[0] == 0
     with pytest.raises(ValueError, match="longer than the 320 positions"):
         model(random_tokens(model, 1, 321))
 

@@ -12,13 +12,13 @@ import torch
 
 import rayllm
 from rayllm.config.schema import ImportNanochatConfig, OptimConfig, SamplingConfig
-from rayllm.engine.runner import generate
+from rayllm.engine.engine import Engine
 from rayllm.model.gpt import GPT
 from rayllm.optim.groups import build_optimizer
 from rayllm.runs import import_nanochat
 from rayllm.text.chat import render_conversation, render_for_completion
 from rayllm.text.tokenizer import Tokenizer
-from rayllm.types import Conversation
+from rayllm.types import Conversation, Prompt
 
 REFERENCE = Path(__file__).parents[1] / "parity" / "mha"
 
@@ -74,10 +74,11 @@ def test_gradients_match_reference(loaded, forward, expected) -> None:
 
 
 def test_greedy_tokens_match_reference(loaded, expected) -> None:
-    model, _ = loaded
+    model, tokenizer = loaded
     continuation = [token for token, _ in expected["greedy"]["continuation"]]
     sampling = SamplingConfig(temperature=0, max_tokens=len(continuation))
-    (completion,) = generate(model, expected["greedy"]["prompt"], sampling)
+    engine = Engine(model, tokenizer, num_slots=1, max_len=model.config.sequence_len)
+    ((completion,),) = engine.generate([Prompt("", tuple(expected["greedy"]["prompt"]))], sampling)
     assert list(completion.token_ids) == continuation
 
 
