@@ -70,6 +70,55 @@ class Cluster:
             request_resources(bundles=[])
 
 
+@dataclass(frozen=True)
+class Placement:
+    """What each actor of a group gets. `num_threads` is torch's, 0 for torch's own choice."""
+
+    num_cpus: float
+    num_gpus: int
+    num_threads: int
+
+    def options(self) -> dict[str, float]:
+        """For `ActorClass.options`."""
+        return {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
+
+
+@dataclass(frozen=True)
+class ActorGroup:
+    """Actors that are alike; `num_cpus` each, None for a fair share."""
+
+    num_actors: int
+    num_cpus: int | None
+    device: str
+
+
+def place_in_turns(ray_cluster: Cluster, groups: Sequence[ActorGroup], timeout_s: float) -> list[Placement]:
+    """Resources of groups of actors that work one after the other; waits for a growing cluster to have them.
+
+    On GPUs each actor has one of its own. On CPUs each group computes with all cores in its turn, so that each claims
+    its share of them and runs as many threads as it can use.
+    """
+    wants_gpu = [g.device != "cpu" for g in groups]
+    num_wanted = sum(g.num_actors for g, wants in zip(groups, wants_gpu, strict=True) if wants)
+    has_gpus = ray_cluster.count("GPU") >= num_wanted > 0
+    num_cores = ray_cluster.count("CPU")
+    placements = []
+    for group in groups:
+        if group.device == "cuda" or (group.device == "auto" and has_gpus):
+            placements.append(Placement(float(group.num_cpus or 1), 1, 0))
+            continue
+        claim = group.num_cpus or num_cores / len(groups) / group.num_actors
+        claim = float(int(claim)) if claim >= 1 else int(claim * 100) / 100  # Ray takes fractions below 1 only
+        placements.append(Placement(claim, 0, group.num_cpus or max(1, num_cores // group.num_actors)))
+    bundles = [
+        {"CPU": p.num_cpus} | ({"GPU": float(p.num_gpus)} if p.num_gpus else {})
+        for group, p in zip(groups, placements, strict=True)
+        for _ in range(group.num_actors)
+    ]
+    ray_cluster.wait_for_room(bundles, timeout_s)
+    return placements
+
+
 @contextmanager
 def connect() -> Iterator[Cluster]:
     """Be inside a Ray cluster; on leaving, shut down what this call started and nothing else.

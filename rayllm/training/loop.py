@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from rayllm.data.loader import DataPosition, StepBatch
+from rayllm.data.loader import DataPosition, StepBatch, TokenBatch
 from rayllm.model.gpt import GPT, IGNORE_INDEX
 from rayllm.optim.optimizer import MuonAdamW
 from rayllm.optim.schedule import Schedule
 from rayllm.runtime import Runtime
+from rayllm.training.accumulate import accumulate_gradient
 
 Metrics = dict[str, float]
 
@@ -74,8 +74,8 @@ def fit(
         num_tokens += num_loss_tokens
 
         done, is_last = step + 1, step + 1 == num_steps
-        is_saved = _is_due(done, intervals.save_every, is_last)
-        if is_saved or _is_due(done, intervals.log_every, is_last):  # nothing is saved unseen
+        is_saved = is_due(done, intervals.save_every, is_last)
+        if is_saved or is_due(done, intervals.log_every, is_last):  # nothing is saved unseen
             mean_loss = float(runtime.sum_over_workers(loss))
             if not math.isfinite(mean_loss):
                 raise FloatingPointError(f"loss is {mean_loss} at step {done}: lower the learning rates (optim.*_lr)")
@@ -93,9 +93,9 @@ def fit(
         optimizer.zero_grad()
 
         paused = time.perf_counter()
-        if _is_due(done, intervals.eval_every, is_last):
+        if is_due(done, intervals.eval_every, is_last):
             callbacks.report(done, callbacks.evaluate())
-        if _is_due(done, intervals.sample_every, is_last):
+        if is_due(done, intervals.sample_every, is_last):
             callbacks.sample(done)
         if is_saved:
             callbacks.save(done, batch.position)
@@ -110,16 +110,15 @@ def forward_backward(model: torch.nn.Module, batch: StepBatch, runtime: Runtime)
     """
     num_local = sum(int((m.targets_BT != IGNORE_INDEX).sum()) for m in batch.micro_batches)
     num_loss_tokens = float(runtime.sum_over_workers([num_local]))
-    shares = []
-    for i, micro_batch in enumerate(batch.micro_batches):
-        inputs_BT, targets_BT = micro_batch.inputs_BT.to(runtime.device), micro_batch.targets_BT.to(runtime.device)
-        is_last = i == len(batch.micro_batches) - 1
-        with nullcontext() if is_last or not isinstance(model, DistributedDataParallel) else model.no_sync():
-            loss = model(inputs_BT, targets_BT, reduction="sum") / max(num_loss_tokens, 1.0)
-            # DDP averages over the workers what has to be added up.
-            (loss * runtime.world_size).backward()
-        shares.append(loss.detach())
-    return torch.stack(shares).sum(), num_loss_tokens
+
+    def summed_loss(replica: torch.nn.Module, batch: TokenBatch) -> Tensor:
+        loss: Tensor = replica(batch.inputs_BT.to(runtime.device), batch.targets_BT.to(runtime.device), reduction="sum")
+        return loss
+
+    share = accumulate_gradient(
+        model, batch.micro_batches, summed_loss, num_loss_tokens=num_loss_tokens, world_size=runtime.world_size
+    )
+    return share, num_loss_tokens
 
 
 def grad_norm(model: torch.nn.Module) -> Tensor:
@@ -128,5 +127,6 @@ def grad_norm(model: torch.nn.Module) -> Tensor:
     return torch.stack(norms).norm()
 
 
-def _is_due(done: int, every: int | None, is_last: bool) -> bool:
+def is_due(done: int, every: int | None, is_last: bool) -> bool:
+    """Whether something of an interval is to be done after `done` steps; None: only after the last."""
     return is_last or (every is not None and done % every == 0)

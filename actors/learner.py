@@ -1,0 +1,109 @@
+"""Learners: actors that step replicas of one model together, data-parallel."""
+
+from __future__ import annotations
+
+import datetime
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+from ray.exceptions import GetTimeoutError
+
+from actors.cluster import Placement
+from actors.weights import Packet, pack
+from rayllm.config.chat_schema import RLConfig
+from rayllm.runs.checkpoint import open_checkpoint
+from rayllm.runtime import build_runtime
+from rayllm.training.loop import Metrics
+from rayllm.training.policy import PolicyLearner, PolicySchedule
+from rayllm.training.rollout_batch import TrainBatch
+
+STEP_TIMEOUT_S = 1800.0
+
+
+class LearnerWorker:
+    """Learner `rank` of the group that meets at `address` (host:port; of learner 0 where that is the only one, any)."""
+
+    def __init__(self, config: RLConfig, rank: int, num_threads: int = 0) -> None:
+        if num_threads:
+            torch.set_num_threads(num_threads)
+        self._config, self._rank = config, rank
+
+    def find_address(self) -> str:
+        """An address at which this learner can be met."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"{ray.util.get_node_ip_address()}:{probe.getsockname()[1]}"
+
+    def start(self, checkpoint: str, address: str, resumes: bool) -> None:
+        """Meet the others and build the replica. Raises RuntimeError when one does not come in time."""
+        learners = self._config.learners
+        runtime = build_runtime(learners.device, learners.dtype, rank=self._rank, world_size=learners.num_workers)
+        if runtime.world_size > 1:
+            dist.init_process_group(
+                "nccl" if runtime.device.type == "cuda" else "gloo",
+                init_method=f"tcp://{address}",
+                rank=runtime.rank,
+                world_size=runtime.world_size,
+                timeout=datetime.timedelta(seconds=learners.placement_timeout_s),
+            )
+        self.learner = PolicyLearner(
+            open_checkpoint(checkpoint),
+            self._config.optim,
+            PolicySchedule(self._config.num_steps, self._config.optim, self._config.lr_fraction),
+            runtime,
+            rows_per_micro_batch=self._config.rows_per_micro_batch,
+            resumes=resumes,
+        )
+
+    def step(self, batch: TrainBatch, step: int) -> Metrics:
+        return self.learner.step(batch, step)
+
+    def pack_weights(self, number: int) -> Packet:
+        return pack(self.learner.model.state_dict(), number)
+
+    def save(self, checkpoints_path: str, step: int, metrics: Mapping[str, float]) -> None:
+        self.learner.save(Path(checkpoints_path), step, metrics, self._config.keep_checkpoints)
+
+
+class LearnerGroup:
+    """All learners, stepped as one. `source` is the one whose weights are published."""
+
+    def __init__(self, config: RLConfig, placement: Placement, checkpoint: str, resumes: bool) -> None:
+        actor = LearnerActor.options(**placement.options())
+        num_learners = config.learners.num_workers
+        self._actors = [actor.remote(config, rank, placement.num_threads) for rank in range(num_learners)]
+        self.source = self._actors[0]
+        timeout_s = config.learners.placement_timeout_s
+        address = _get([self.source.find_address.remote()], timeout_s, "the first learner to start")[0]
+        _get([a.start.remote(checkpoint, address, resumes) for a in self._actors], timeout_s, "the learners to start")
+
+    def step(self, batch: TrainBatch, step: int) -> Metrics:
+        """One optimizer step on all learners; the metrics of the whole."""
+        shared = ray.put(batch)
+        metrics = _get([a.step.remote(shared, step) for a in self._actors], STEP_TIMEOUT_S, f"learning step {step + 1}")
+        return dict(metrics[0])
+
+    def save(self, checkpoints_path: Path, step: int, metrics: Mapping[str, float]) -> None:
+        """Write a checkpoint."""
+        _get([self.source.save.remote(str(checkpoints_path), step, dict(metrics))], STEP_TIMEOUT_S, "the checkpoint")
+
+    def close(self) -> None:
+        """Stop the actors."""
+        for actor in self._actors:
+            ray.kill(actor)
+
+
+def _get(refs: list[Any], timeout_s: float, waited_for: str) -> list[Any]:
+    try:
+        results: list[Any] = ray.get(refs, timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise TimeoutError(f"waited {timeout_s:g} s for {waited_for}") from error
+    return results
+
+
+LearnerActor = ray.remote(LearnerWorker)

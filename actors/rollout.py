@@ -1,0 +1,151 @@
+"""Rollouts: actors that sample answers and have them judged, and the pool that shares the prompts out among them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError
+
+from actors.cluster import Placement
+from actors.weights import Packet, WeightsChannel, unpack
+from rayllm.config.chat_schema import RolloutConfig, TaskConfig
+from rayllm.config.schema import SamplingConfig
+from rayllm.engine.calculator import calculate
+from rayllm.engine.engine import Engine
+from rayllm.runs.load import load
+from rayllm.runtime import build_runtime
+from rayllm.text.chat import answer_text, render_for_completion
+from rayllm.types import Completion, Prompt, Rollout, RolloutGroup, WeightsVersion
+from tasks.build import build_task
+
+FAILED = Rollout(Completion((), (), (), "failed"), reward=None)
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """`num_samples` answers to each of some examples of a task; `seed` and the example give the draws."""
+
+    task: TaskConfig
+    example_ids: tuple[int, ...]
+    num_samples: int
+    sampling: SamplingConfig
+
+    def share(self, rank: int, world_size: int) -> SampleRequest:
+        """Every `world_size`-th example, from `rank` on."""
+        return SampleRequest(self.task, self.example_ids[rank::world_size], self.num_samples, self.sampling)
+
+
+class RolloutWorker:
+    """Holds the model of a checkpoint in an engine and samples from it. A plain class: tests call it as it is."""
+
+    def __init__(self, checkpoint: str, config: RolloutConfig, weights_version: int = 0, num_threads: int = 0) -> None:
+        if num_threads:
+            torch.set_num_threads(num_threads)
+        runtime = build_runtime(config.device, config.dtype)
+        model, self.tokenizer = load(checkpoint, runtime.device, runtime.dtype)
+        self._engine = Engine(
+            model,
+            self.tokenizer,
+            num_slots=config.num_slots,
+            max_len=model.config.sequence_len,
+            calculator=calculate,
+            weights_version=weights_version,
+        )
+        self._tasks: dict[TaskConfig, Any] = {}
+
+    def sample(self, request: SampleRequest) -> list[RolloutGroup]:
+        """One group an example, in their order. A prompt that cannot be run gives a group of failed rollouts."""
+        task = self._task(request.task)
+        prompts, seq_ids = [], []
+        for example_id in request.example_ids:
+            token_ids = render_for_completion(self.tokenizer, task.conversation(example_id), max_tokens=2**31)
+            prompt = Prompt(f"{request.task.name}/{request.task.split}/{example_id}", tuple(token_ids))
+            prompts.append(prompt)
+            try:
+                seq_ids.append(self._engine.submit(prompt, request.sampling, num_samples=request.num_samples))
+            except ValueError as error:
+                print(f"rollout: skipped: {error}", file=sys.stderr)
+                seq_ids.append([])
+        while not self._engine.is_idle:
+            self._engine.step()
+        groups = []
+        for example_id, prompt, ids in zip(request.example_ids, prompts, seq_ids, strict=True):
+            rollouts = [self._judge(task, example_id, self._engine.completion(seq_id)) for seq_id in ids]
+            groups.append(RolloutGroup(prompt, tuple(rollouts or [FAILED] * request.num_samples)))
+        return groups
+
+    def load_weights(self, packets: Sequence[Any]) -> WeightsVersion:
+        """Take a published set of weights; returns its version. Raises ValueError when it is damaged or misfits."""
+        (packet,) = (p if isinstance(p, Packet) else ray.get(p) for p in packets)
+        self._engine.load(unpack(packet), packet.version.number)
+        return packet.version
+
+    def _task(self, config: TaskConfig) -> Any:
+        if config not in self._tasks:
+            self._tasks[config] = load_task(config)
+        return self._tasks[config]
+
+    def _judge(self, task: Any, example_id: int, completion: Completion) -> Rollout:
+        if completion.finish_reason not in ("stop", "length"):
+            return Rollout(completion, None)
+        text = answer_text(self.tokenizer, completion.token_ids, completion.sampled_mask)
+        try:
+            return Rollout(completion, float(task.evaluate(example_id, text)))
+        except Exception as error:  # noqa: BLE001 - a verdict that fails is no verdict, whatever a task raises
+            print(f"rollout: no verdict on {task.name}/{example_id}: {error!r}", file=sys.stderr)
+            return Rollout(completion, None)
+
+
+class RolloutPool:
+    """The rollout actors. Example j goes to actor j modulo their number, so that a step repeats exactly."""
+
+    def __init__(
+        self, checkpoint: str, config: RolloutConfig, placement: Placement, channel: WeightsChannel, version: int = 0
+    ) -> None:
+        self._config, self._channel = config, channel
+        actor = RolloutActor.options(**placement.options())
+        self.actors = [
+            actor.remote(checkpoint, config, version, placement.num_threads) for _ in range(config.num_actors)
+        ]
+
+    def sample(self, request: SampleRequest) -> list[RolloutGroup]:
+        """One group an example, in their order. Raises TimeoutError after `rollouts.timeout_s`."""
+        n = len(self.actors)
+        shares = [actor.sample.remote(request.share(rank, n)) for rank, actor in enumerate(self.actors)]
+        try:
+            sampled = ray.get(shares, timeout=self._config.timeout_s)
+        except GetTimeoutError as error:
+            raise TimeoutError(
+                f"{n} rollout actors did not finish {len(request.example_ids)} prompts x {request.num_samples} samples "
+                f"in {self._config.timeout_s:g} s: raise rollouts.timeout_s or sample less"
+            ) from error
+        return [sampled[j % n][j // n] for j in range(len(request.example_ids))]
+
+    def load(self, source: Any, number: int) -> WeightsVersion:
+        """Bring the weights of an actor to all rollout actors."""
+        return self._channel.broadcast(source, number, self.actors, self._config.timeout_s)
+
+    def close(self) -> None:
+        """Stop the actors."""
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+def load_task(config: TaskConfig) -> Any:
+    """The task that a recipe names."""
+    return build_task(
+        config.name,
+        split=config.split,
+        path=config.path,
+        num_examples=config.num_examples,
+        max_level=config.max_level,
+        seed=config.seed,
+    )
+
+
+RolloutActor = ray.remote(RolloutWorker)
