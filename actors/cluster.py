@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +37,9 @@ class Cluster:
         """Total of a resource ("CPU", "GPU") over the nodes alive now."""
         return int(ray.cluster_resources().get(resource, 0))
 
-    def wait_for_room(self, bundles: Sequence[Mapping[str, float]], timeout_s: float) -> None:
+    def wait_for_room(
+        self, bundles: Sequence[Mapping[str, float]], timeout_s: float, cure: str = "ask for fewer workers or less each"
+    ) -> None:
         """Return once the cluster has the resources of all `bundles` together.
 
         A cluster that can grow is asked to and waited for, with a line that says for what. Raises ValueError
@@ -51,7 +55,6 @@ class Cluster:
             short = {name: n for name, n in wanted.items() if have.get(name, 0) < n}
             return ", ".join(f"{n:g} {name} (there are {have.get(name, 0):g})" for name, n in short.items())
 
-        cure = "ask for fewer workers (--workers.num_workers) or less for each (--workers.cpus_per_worker)"
         if not lacking():
             return
         if self.is_own:
@@ -132,9 +135,15 @@ def connect() -> Iterator[Cluster]:
         return
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     print(f"ray: {'starting on this machine' if address == 'local' else f'joining {address}'} ...", file=sys.stderr)
     try:
-        context = ray.init(address=address, logging_level="ERROR")
+        try:
+            context = ray.init(address=address, logging_level="ERROR")
+        except ray.exceptions.AuthenticationError as error:
+            raise ValueError(f"Ray's token is missing or wrong; see RAY_AUTH_TOKEN_PATH ({error})") from error
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own aborts the process before it has cleaned up
         if context.dashboard_url:
             print(f"ray: dashboard at http://{context.dashboard_url}", file=sys.stderr)
         yield Cluster(is_own=address == "local")

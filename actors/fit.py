@@ -1,4 +1,4 @@
-"""Pretraining under Ray Train: who runs where, and what happens when a worker dies.
+"""Pretraining and fine-tuning under Ray Train: who runs where, and what happens when a worker dies.
 
 The work itself is `rayllm.training`; each worker resumes by itself from the run directory, so starting the
 workers again is all that recovery takes.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import errno
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,19 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, Tr
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from actors import cluster
+from actors.rollout import load_task
+from rayllm.config.chat_schema import SFTConfig
 from rayllm.config.schema import PretrainConfig, WorkersConfig
+from rayllm.data.conversation_rows import ConversationRows
+from rayllm.data.conversations import Mixture, render_mixture
+from rayllm.runs.atomic import write_json
+from rayllm.runs.checkpoint import Checkpoint
 from rayllm.runs.progress import ProgressFollower
-from rayllm.runs.run_dir import open_run
+from rayllm.runs.run_dir import RunDir, open_run
 from rayllm.runs.tracking import check_sinks
-from rayllm.runtime import build_runtime
-from rayllm.training.pretrain import check_inputs, check_resume, run_worker
+from rayllm.runtime import Runtime, build_runtime
+from rayllm.training import pretrain, sft
+from rayllm.training.loop import Metrics
 
 # What may differ when a run is resumed: how it is run and watched, not what it computes.
 RESUMABLE_CHANGES = (
@@ -34,28 +43,102 @@ RESUMABLE_CHANGES = (
 # Errors that come again on every try: never a reason to start the workers anew.
 FATAL = (ValueError, FileNotFoundError, PermissionError, FloatingPointError)
 
+FitConfig = PretrainConfig | SFTConfig
+RunWorker = Callable[[Any, Path, Runtime], Metrics]
+
 
 def run(config: PretrainConfig) -> None:
     """The `pretrain` stage: train, or go on with the run in `config.out`."""
-    _, _, plan = check_inputs(config)
+    _, _, plan = pretrain.check_inputs(config)
     check_sinks(config.tracking)
     with open_run(
         config.out, stage="pretrain", config=config, plan=plan.to_dict(), may_change=RESUMABLE_CHANGES
     ) as run_dir:
-        checkpoint = check_resume(run_dir.path, plan)
-        if checkpoint is not None and checkpoint.step >= plan.num_steps:
-            print(f"pretrain: {config.out} holds all {plan.num_steps} steps of this recipe already; nothing to do")
-            return
-        if checkpoint is not None:
-            print(f"pretrain: resuming {config.out} after step {checkpoint.step} of {plan.num_steps}", file=sys.stderr)
-        with cluster.connect() as ray_cluster:
-            placement = plan_placement(config.workers, ray_cluster)
-            with ProgressFollower(run_dir.metrics_path, num_steps=plan.num_steps):
-                metrics = _train(config, run_dir.path, placement)
+        checkpoint = pretrain.check_resume(run_dir.path, plan)
+        shards, tokenizer = (str(Path(p).resolve()) for p in (config.data.shards, config.data.tokenizer))
+        placed = replace(config, data=replace(config.data, shards=shards, tokenizer=tokenizer))
+        metrics = _run_fit("pretrain", pretrain.run_worker, placed, run_dir, checkpoint, plan.num_steps)
+    if metrics:
         bpb, stderr = metrics["val/bpb"], metrics["val/bpb_stderr"]
         print(
             f"pretrain: {plan.num_steps} steps done, validation {bpb:.4f} +- {stderr:.4f} bits per byte: {config.out}"
         )
+
+
+def run_sft(config: SFTConfig) -> None:
+    """The `sft` stage: fine-tune on conversations, or go on with the run in `config.out`."""
+    run_path = Path(config.out).expanduser().absolute()
+    start = sft.check_start(config, run_path)
+    check_sinks(config.tracking)
+    have_train, have_held_out = (_find_conversations(config, run_path, start, split) for split in ("train", "val"))
+    with open_run(config.out, stage="sft", config=config, plan={}, may_change=RESUMABLE_CHANGES) as run_dir:
+        train, _ = have_train(), have_held_out()
+        rows = ConversationRows(train, start.sequence_len)
+        plan = sft.plan_sft(config, start, rows)
+        write_json(run_dir.path / "plan.json", plan.to_dict())
+        _tell_conversations(train, rows)
+        placed = replace(config, checkpoint=str(start.checkpoint.path.absolute()))
+        metrics = _run_fit("sft", sft.run_worker, placed, run_dir, start.resumes_from, plan.num_steps)
+    if metrics:
+        loss, stderr = metrics["val/loss"], metrics["val/loss_stderr"]
+        print(
+            f"sft: {plan.num_steps} steps done, validation loss {loss:.4f} +- {stderr:.4f} nats per assistant token: "
+            f"{config.out}"
+        )
+
+
+def _find_conversations(config: SFTConfig, run_path: Path, start: sft.SFTStart, split: str) -> Callable[[], Mixture]:
+    """How to come by the rendered conversations of a split: they stand in the run directory, or their tasks, loaded
+    here so that bad input is told before there is one, are rendered into it."""
+    path, belongs_to = sft.mixture_path(run_path, split), start.identify(config, split)
+    found = Mixture.find(path, belongs_to)
+    if found is not None:
+        return lambda: found
+    tasks = [(load_task(task), task.epochs) for task in (config.tasks if split == "train" else config.validation)]
+    return partial(
+        render_mixture,
+        path,
+        tasks,
+        start.tokenizer,
+        max_tokens=start.sequence_len + 1,
+        seed=config.seed,
+        belongs_to=belongs_to,
+    )
+
+
+def _tell_conversations(mixture: Mixture, rows: ConversationRows) -> None:
+    for task in mixture.tasks:
+        left_out = f"; left out: {task.main_reasons}" if task.skipped else ""
+        cut = f", {task.num_cut:,} of them cut to a row" if task.num_cut else ""
+        print(
+            f"sft: {task.name}: {task.num_conversations:,} conversations x {task.epochs}{cut}{left_out}",
+            file=sys.stderr,
+        )
+    print(
+        f"sft: {len(rows.rows):,} rows of {rows.sequence_len} tokens, {rows.padding_share:.1%} padding", file=sys.stderr
+    )
+
+
+def _run_fit(
+    stage: str,
+    run_worker: RunWorker,
+    config: FitConfig,
+    run_dir: RunDir,
+    resumes_from: Checkpoint | None,
+    num_steps: int,
+) -> Metrics | None:
+    """Train in the run directory to the end; None when it is there already. Paths in `config` must be absolute, as
+    workers run in a directory of their own."""
+    done = resumes_from.step if resumes_from else 0
+    if done >= num_steps:
+        print(f"{stage}: {config.out} holds all {num_steps} steps of this recipe already; nothing to do")
+        return None
+    if resumes_from is not None:
+        print(f"{stage}: resuming {config.out} after step {done} of {num_steps}", file=sys.stderr)
+    with cluster.connect() as ray_cluster:
+        placement = plan_placement(config.workers, ray_cluster)
+        with ProgressFollower(run_dir.metrics_path, num_steps=num_steps):
+            return _train(stage, run_worker, config, run_dir.path, placement)
 
 
 def plan_placement(workers: WorkersConfig, ray_cluster: cluster.Cluster) -> ScalingConfig:
@@ -67,12 +150,12 @@ def plan_placement(workers: WorkersConfig, ray_cluster: cluster.Cluster) -> Scal
     return ScalingConfig(num_workers=workers.num_workers, use_gpu=use_gpu, resources_per_worker=resources)
 
 
-def _train(config: PretrainConfig, run_path: Path, placement: ScalingConfig) -> dict[str, float]:
+def _train(stage: str, run_worker: RunWorker, config: FitConfig, run_path: Path, placement: ScalingConfig) -> Metrics:
     """Run the workers to the end, starting them again from the last checkpoint when one dies."""
     for num_failures in range(config.workers.max_failures + 1):
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"config": _with_absolute_paths(config), "run_path": str(run_path.resolve())},
+            train_loop_config={"run_worker": run_worker, "config": config, "run_path": str(run_path.resolve())},
             scaling_config=placement,
             torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
             run_config=RunConfig(
@@ -90,7 +173,7 @@ def _train(config: PretrainConfig, run_path: Path, placement: ScalingConfig) -> 
             if _is_fatal(cause) or num_failures == config.workers.max_failures:
                 raise cause from failure
             print(
-                f"pretrain: workers failed ({type(cause).__name__}: {cause}); starting them again from the last "
+                f"{stage}: workers failed ({type(cause).__name__}: {cause}); starting them again from the last "
                 f"checkpoint ({num_failures + 1} of at most {config.workers.max_failures} times)",
                 file=sys.stderr,
             )
@@ -111,15 +194,9 @@ def _fit(trainer: TorchTrainer) -> ray.train.Result:
     return outcome.result()
 
 
-def _with_absolute_paths(config: PretrainConfig) -> PretrainConfig:
-    """Workers run in a directory of their own."""
-    shards, tokenizer = (str(Path(p).resolve()) for p in (config.data.shards, config.data.tokenizer))
-    return replace(config, data=replace(config.data, shards=shards, tokenizer=tokenizer))
-
-
-def _worker(loop_config: dict[str, Any]) -> dict[str, float]:
+def _worker(loop_config: dict[str, Any]) -> Metrics:
     """What Ray Train runs on each worker."""
-    config: PretrainConfig = loop_config["config"]
+    config: FitConfig = loop_config["config"]
     context = ray.train.get_context()
     device = config.workers.device
     if device == "auto" and not ray.get_gpu_ids() and not torch.backends.mps.is_available():
@@ -127,6 +204,7 @@ def _worker(loop_config: dict[str, Any]) -> dict[str, float]:
     runtime = build_runtime(
         device, config.workers.dtype, rank=context.get_world_rank(), world_size=context.get_world_size()
     )
+    run_worker: RunWorker = loop_config["run_worker"]
     return run_worker(config, Path(loop_config["run_path"]), runtime)
 
 

@@ -57,6 +57,7 @@ class RolloutWorker:
             weights_version=weights_version,
         )
         self._tasks: dict[TaskConfig, Any] = {}
+        self._told: set[str] = set()
 
     def sample(self, request: SampleRequest) -> list[RolloutGroup]:
         """One group an example, in their order. A prompt that cannot be run gives a group of failed rollouts."""
@@ -69,7 +70,7 @@ class RolloutWorker:
             try:
                 seq_ids.append(self._engine.submit(prompt, request.sampling, num_samples=request.num_samples))
             except ValueError as error:
-                print(f"rollout: skipped: {error}", file=sys.stderr)
+                self._tell_once(f"a prompt of {task.name} is skipped", error)
                 seq_ids.append([])
         while not self._engine.is_idle:
             self._engine.step()
@@ -97,8 +98,15 @@ class RolloutWorker:
         try:
             return Rollout(completion, float(task.evaluate(example_id, text)))
         except Exception as error:  # noqa: BLE001 - a verdict that fails is no verdict, whatever a task raises
-            print(f"rollout: no verdict on {task.name}/{example_id}: {error!r}", file=sys.stderr)
+            self._tell_once(f"{task.name} has no verdict on example {example_id}", error)
             return Rollout(completion, None)
+
+    def _tell_once(self, what: str, error: Exception) -> None:
+        """One line for each kind of failure; all of them are counted in the step's metrics."""
+        kind = type(error).__name__
+        if kind not in self._told:
+            self._told.add(kind)
+            print(f"rollout: {what}: {kind}: {error} (told once, counted in num_failed)", file=sys.stderr)
 
 
 class RolloutPool:
@@ -108,10 +116,15 @@ class RolloutPool:
         self, checkpoint: str, config: RolloutConfig, placement: Placement, channel: WeightsChannel, version: int = 0
     ) -> None:
         self._config, self._channel = config, channel
-        actor = RolloutActor.options(**placement.options())
+        actor = self.actor_class().options(**placement.options())
         self.actors = [
             actor.remote(checkpoint, config, version, placement.num_threads) for _ in range(config.num_actors)
         ]
+
+    @staticmethod
+    def actor_class() -> Any:
+        """What samples."""
+        return RolloutActor
 
     def sample(self, request: SampleRequest) -> list[RolloutGroup]:
         """One group an example, in their order. Raises TimeoutError after `rollouts.timeout_s`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -38,7 +39,9 @@ def unpack(packet: Packet) -> dict[str, Tensor]:
         raise ValueError(
             f"weights version {packet.version.number} arrived damaged: digest {digest}, not {packet.version.digest}"
         )
-    with_bits = {name: torch.from_numpy(np.asarray(array)) for name, array in packet.arrays.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor do we write to it
+        with_bits = {name: torch.from_numpy(array) for name, array in packet.arrays.items()}
     return {name: bits.view(getattr(torch, packet.dtypes[name])) for name, bits in with_bits.items()}
 
 

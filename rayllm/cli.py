@@ -15,9 +15,9 @@ import sys
 import textwrap
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -41,6 +41,11 @@ class Stage:
     argument: str | None = None
     """The key that the first argument sets, for a stage that takes no recipe."""
 
+    recipe: str | None = None
+    """The recipe that is read where none is named."""
+    short: Mapping[str, str] = field(default_factory=dict)
+    """Short options whose text, the next argument, is a key's value: {"-p": "prompt"}."""
+
     @property
     def usage(self) -> str:
         argument = self.argument.upper() if self.argument else "[RECIPE]"
@@ -49,6 +54,10 @@ class Stage:
 
 def _schema(name: str) -> str:
     return f"rayllm.config.schema:{name}"
+
+
+def _chat_schema(name: str) -> str:
+    return f"rayllm.config.chat_schema:{name}"
 
 
 STAGES = (
@@ -75,6 +84,31 @@ STAGES = (
     ),
     Stage("sample", "continue a text with any checkpoint", _schema("SampleConfig"), run="rayllm.engine.sample:run"),
     Stage("base-eval", "measure a base model: bits per byte", _schema("BaseEvalConfig"), run="rayllm.evals.base:run"),
+    Stage("sft", "teach a base model to chat", _chat_schema("SFTConfig"), run="actors.fit:run_sft"),
+    Stage("rl", "teach a chat model by reinforcement", _chat_schema("RLConfig"), run="actors.rl:run"),
+    Stage("chat-eval", "test a chat model: pass@1 of tasks", _chat_schema("ChatEvalConfig"), run="actors.evaluate:run"),
+    Stage(
+        "chat",
+        "talk with a chat model in the terminal",
+        _chat_schema("ChatConfig"),
+        run="rayllm.engine.chat:run",
+        short={"-p": "prompt"},
+    ),
+    Stage("serve", "serve a chat model over HTTP", _chat_schema("ServeConfig"), run="actors.serve:run"),
+    Stage(
+        "report",
+        "write one page over the stages of a run",
+        _chat_schema("ReportConfig"),
+        run="rayllm.runs.report:run",
+        argument="run",
+    ),
+    Stage(
+        "quickstart",
+        "the whole life of a small model, in minutes",
+        _chat_schema("QuickstartConfig"),
+        run="actors.quickstart:run",
+        recipe="quickstart",
+    ),
     Stage(
         "import-nanochat",
         "convert a nanochat checkpoint and its tokenizer",
@@ -140,6 +174,7 @@ def _run_stage(stage: Stage, arguments: list[str]) -> None:
 
         print(render_stage_help(schema, stage.usage, width=_width(), color=_color()))
         return
+    arguments = _spell_out(stage, arguments)
     is_dry = "--dry-run" in arguments
     positionals, flags = split_arguments([argument for argument in arguments if argument != "--dry-run"])
     if len(positionals) > 1 or any(word.startswith("-") for word in positionals):
@@ -147,12 +182,25 @@ def _run_stage(stage: Stage, arguments: list[str]) -> None:
         raise ConfigError(f"{wrong}: not understood; usage: {stage.usage}")
     if stage.argument and positionals:
         flags.insert(0, f"--{stage.argument}={_quote(positionals.pop())}")  # quoted: a path is the text it is
-    recipe = positionals[0] if positionals else None
+    recipe = positionals[0] if positionals else stage.recipe
     config = load_config(schema, recipe, flags)
     if is_dry:
         _print_dry_run(stage, config, recipe)
     else:
         _import(stage.run)(config)
+
+
+def _spell_out(stage: Stage, arguments: list[str]) -> list[str]:
+    """Short options as long ones: `-p TEXT` is `--prompt='TEXT'`, the text being what it is."""
+    spelled, rest = [], iter(arguments)
+    for argument in rest:
+        if argument in stage.short:
+            text = next(rest, None)
+            if text is None:
+                raise ValueError(f"{argument}: got no text; write {argument} TEXT")
+            argument = f"--{stage.short[argument]}={_quote(text)}"
+        spelled.append(argument)
+    return spelled
 
 
 def _print_dry_run(stage: Stage, config: Any, recipe: str | None) -> None:

@@ -37,3 +37,57 @@ def real_text_dir() -> Path:
     if not root or not Path(root, "pretrain").is_dir():
         pytest.skip("REAL DATA ABSENT: set RAYLLM_DATA_DIR to a folder with pretrain/*.parquet to run this test")
     return Path(root)
+
+
+@pytest.fixture(scope="session")
+def chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory `tiny` with the checkpoint of a small chat model on bytes that learned two answers by heart.
+
+    To "hi" it says "Hello, wörld! How are you?" and ends; to "sing" it sings "la la la ..." and never ends; a prompt
+    with the character U+0001 in it makes its output not a number.
+    """
+    import torch
+
+    from rayllm.model.config import GPTConfig
+    from rayllm.model.gpt import GPT
+    from rayllm.runs.checkpoint import save_checkpoint
+    from rayllm.text.chat import render_conversation
+    from rayllm.text.tokenizer import Tokenizer
+    from rayllm.types import Conversation, Message
+
+    tokenizer = Tokenizer.byte_level()
+    config = GPTConfig(
+        sequence_len=1024, vocab_size=tokenizer.vocab_size, num_layers=2, num_heads=2, num_kv_heads=2, d_model=48
+    )
+    model = GPT(config)
+    model.init_weights(0)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # far faster for so small a model on a busy machine
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    row_len = 96
+    inputs, targets = torch.zeros(2, row_len, dtype=torch.int64), torch.full((2, row_len), -1)
+    for row, (question, answer) in enumerate((("hi", "Hello, wörld! How are you?"), ("sing", "la " * row_len))):
+        turns = Conversation((Message("user", question), Message("assistant", answer)))
+        ids, mask = (torch.tensor(values) for values in render_conversation(tokenizer, turns, row_len + 1))
+        inputs[row, : len(ids) - 1] = ids[:-1]
+        targets[row, : len(ids) - 1] = torch.where(mask[1:] == 1, ids[1:], -1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(inputs, targets)
+        loss.backward()
+        optimizer.step()
+    torch.set_num_threads(num_threads)
+    assert loss.item() < 0.02, loss.item()
+    with torch.no_grad():
+        model.wte.weight[tokenizer.encode("\x01")] = torch.nan
+    run = tmp_path_factory.mktemp("chat") / "tiny"
+    save_checkpoint(
+        run / "checkpoints",
+        60,
+        model_state=model.state_dict(),
+        optimizer_state=None,
+        state={"stage": "sft", "model": config.to_dict(), "tokenizer_fingerprint": tokenizer.fingerprint},
+        tokenizer=tokenizer,
+        keep=1,
+    )
+    return run

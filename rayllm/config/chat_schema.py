@@ -124,8 +124,6 @@ class RLConfig:
     """Completions of each problem, which share one baseline: at least 2."""
     max_tokens: PositiveInt = 256
     """Longest completion, in tokens."""
-    temperature: PositiveFloat = 1.0
-    """Of the distribution sampled and trained."""
     rows_per_micro_batch: PositiveInt = 32
     """Completions that one learner runs forward and backward at once; any split gives the same gradient."""
     seed: int = 0

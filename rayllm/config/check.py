@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+from rayllm.config import check_chat
+from rayllm.config.errors import Conflict
 from rayllm.config.schema import (
-    BaseEvalConfig,
     ImportNanochatConfig,
     PretrainConfig,
     SampleConfig,
@@ -20,13 +20,7 @@ from rayllm.config.schema import (
 )
 from rayllm.model.config import SMEAR_GATE_CHANNELS
 
-
-@dataclass(frozen=True)
-class Conflict:
-    """An impossible combination. ``keys`` are the dotted keys that take part, the one to change first."""
-
-    keys: tuple[str, ...]
-    message: str
+_PATHS = ("out", "checkpoint", "shards", "tokenizer", "data.shards", "data.tokenizer")
 
 
 def find_conflicts(config: Any) -> Iterator[Conflict]:
@@ -44,23 +38,16 @@ def find_conflicts(config: Any) -> Iterator[Conflict]:
             yield Conflict(("prompts",), 'prompts=[] leaves nothing to continue; write --prompts="Once upon a time"')
         case ImportNanochatConfig() if not config.source:
             yield Conflict(("source",), "source is missing; give the directory of the nanochat checkpoint")
+        case _:
+            yield from check_chat.find_conflicts(config, find_conflicts)
 
 
 def _empty_paths(config: Any) -> Iterator[Conflict]:
-    paths: dict[str, str | None]
-    match config:
-        case PretrainConfig():
-            paths = {"out": config.out, "data.shards": config.data.shards, "data.tokenizer": config.data.tokenizer}
-        case TokenizeConfig():
-            paths = {"out": config.out, "tokenizer": config.tokenizer}
-        case SampleConfig():
-            paths = {"checkpoint": config.checkpoint}
-        case BaseEvalConfig():
-            paths = {"checkpoint": config.checkpoint, "shards": config.shards, "out": config.out}
-        case _:
-            paths = {"out": config.out}
-    for key, path in paths.items():
-        if path is not None and not path.strip():
+    for key in _PATHS:
+        value = config
+        for name in key.split("."):
+            value = getattr(value, name, None)
+        if isinstance(value, str) and not value.strip():
             yield Conflict((key,), f"{key} is empty; write the path of a directory")
 
 
@@ -117,13 +104,10 @@ def _model(config: PretrainConfig) -> Iterator[Conflict]:
 
 
 def _batch(config: PretrainConfig) -> Iterator[Conflict]:
-    row, num_workers = config.model.sequence_len, config.workers.num_workers
-    tokens, unit = config.tokens_per_step, row * num_workers
-    if isinstance(tokens, int) and tokens % unit:
-        yield Conflict(
-            ("tokens_per_step", "model.sequence_len", "workers.num_workers"),
-            f"tokens_per_step={tokens} is not divisible by model.sequence_len {row} * workers.num_workers "
-            f"{num_workers} = {unit}; write --tokens_per_step={max(1, round(tokens / unit)) * unit}",
+    row = config.model.sequence_len
+    if isinstance(config.tokens_per_step, int):
+        yield from check_chat.divisible_step(
+            config.tokens_per_step, "model.sequence_len", row, config.workers.num_workers
         )
     if config.eval_tokens < row:
         yield Conflict(
@@ -136,9 +120,4 @@ def _batch(config: PretrainConfig) -> Iterator[Conflict]:
             f"horizon.value={config.horizon.value:g} is no whole number of steps; write "
             f"--horizon.value={math.ceil(config.horizon.value)}",
         )
-    if config.workers.device == "mps" and num_workers > 1:
-        yield Conflict(
-            ("workers.num_workers", "workers.device"),
-            f"workers.num_workers={num_workers} is too many for workers.device=mps, which serves one process; write "
-            "--workers.num_workers=1 or --workers.device=cpu",
-        )
+    yield from check_chat.one_mps_worker("workers", config.workers)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -23,10 +24,40 @@ class ConfigField:
         """Whether the key holds further keys instead of a value."""
         return dataclasses.is_dataclass(self.annotation)
 
+    @property
+    def is_group_list(self) -> bool:
+        """Whether the key holds a list of groups, whose items have the keys `KEY.0`, `KEY.1`, ..."""
+        return dataclasses.is_dataclass(element_of(self.annotation))
+
+    @property
+    def fresh_item(self) -> Any:
+        """What a new item of a list of groups is before anything of it is set: the first item of the default."""
+        schema = element_of(self.annotation)
+        assert schema is not None, self.key
+        return self.default[0] if self.default else schema()
+
+
+Fields = Mapping[str, ConfigField]
+_ITEM = re.compile(r"\.[0-9]+(?=\.|$)")
+
 
 def list_fields(schema: type) -> dict[str, ConfigField]:
-    """All fields of a stage by dotted key, in the order of the schema; a group stands before its members."""
+    """All fields of a stage by dotted key, in the order of the schema; a group stands before its members.
+
+    Of a list of groups `KEY.0` is here, and stands for every item.
+    """
     return {field.key: field for field in _walk(schema())}
+
+
+def find_field(fields: Fields, key: str) -> ConfigField | None:
+    """The field of a dotted key, which may go through any item of a list of groups; None where there is none."""
+    field = fields.get(template_of(key))
+    return None if field is None else dataclasses.replace(field, key=key)
+
+
+def template_of(key: str) -> str:
+    """The key of the first item for a key of any: `tasks.3.name` -> `tasks.0.name`."""
+    return _ITEM.sub(".0", key)
 
 
 def _walk(defaults: Any, prefix: str = "") -> Iterator[ConfigField]:
@@ -36,6 +67,11 @@ def _walk(defaults: Any, prefix: str = "") -> Iterator[ConfigField]:
         default = getattr(defaults, name)
         field = ConfigField(prefix + name, annotations[name], default, described.description or "")
         yield field
+        if field.is_group_list:
+            item = field.fresh_item
+            doc = f"{type(item).__doc__} This is the first item; {field.key}.1 and so on have the same keys."
+            yield ConfigField(f"{field.key}.0", type(item), item, doc)
+            yield from _walk(item, prefix=f"{field.key}.0.")
         if field.is_group:
             yield from _walk(default, prefix=f"{field.key}.")
 
@@ -85,7 +121,8 @@ def _describe_one(annotation: Any) -> str:
         *others, last = map(format_value, get_args(kind))
         return f"{', '.join(others)} or {last}" if others else last
     if get_origin(kind) is tuple:
-        return f"list of {describe_type(get_args(kind)[0])}"
+        element = get_args(kind)[0]
+        return "list of groups" if dataclasses.is_dataclass(element) else f"list of {describe_type(element)}"
     if dataclasses.is_dataclass(kind):
         return "group of keys"
     return _WORDS[kind] + _describe_bounds(annotation)
@@ -111,9 +148,13 @@ def format_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple | list):
-        return "[" + ", ".join(_quoted_in_list(format_value(v)) for v in value) + "]"
+        return "[" + ", ".join(map(_format_in_brackets, value)) + "]"
+    if dataclasses.is_dataclass(value):
+        members = {name: member for name, member in vars(value).items() if member is not None}
+        return "{" + ", ".join(f"{name}: {_format_in_brackets(member)}" for name, member in members.items()) + "}"
     return str(value)
 
 
-def _quoted_in_list(text: str) -> str:
-    return f'"{text}"' if set(text) & set(",[]{}:#\"'") else text
+def _format_in_brackets(value: Any) -> str:
+    text = format_value(value)
+    return f'"{text}"' if isinstance(value, str) and set(text) & set(",[]{}:#\"'") else text

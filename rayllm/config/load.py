@@ -20,12 +20,15 @@ from rayllm.config.check import find_conflicts
 from rayllm.config.errors import ConfigError, shorten
 from rayllm.config.fields import (
     ConfigField,
+    Fields,
     accepts,
     choices_of,
     describe_type,
     element_of,
+    find_field,
     format_value,
     list_fields,
+    template_of,
 )
 from rayllm.config.recipes import find_recipe, recipe_stem
 from rayllm.config.yaml_text import compose, dump, is_plain, resolve_plain, scalar_value, source_of
@@ -33,7 +36,6 @@ from rayllm.config.yaml_text import compose, dump, is_plain, resolve_plain, scal
 __all__ = ["ConfigError", "load_config", "split_arguments", "to_dict", "to_yaml"]
 
 ConfigT = TypeVar("ConfigT")
-Fields = Mapping[str, ConfigField]
 
 _SWITCHES = ("dry_run", "help")  # of the command itself; known here so that a misspelt one is recognised
 
@@ -54,9 +56,11 @@ def load_config(schema: type[ConfigT], recipe: str | None = None, flags: Sequenc
     tree = to_dict(schema())
     given: dict[str, _Setting] = {}
     for setting in settings:
-        _assign(tree, setting.field.key, setting.value())
-        given[setting.field.key] = setting
-    config = _validate(schema, tree, fields, given)
+        key = setting.field.key
+        _assign(tree, setting)
+        given = {k: s for k, s in given.items() if not k.startswith(f"{key}.")}  # a list written anew is all new
+        given[key] = setting
+    config = _validate(schema, tree, given)
     for conflict in find_conflicts(config):
         origins = [given[key].origin for key in conflict.keys if key in given]
         raise ConfigError(f"{' and '.join(origins) or 'defaults'}: {conflict.message}")
@@ -121,11 +125,22 @@ class _Setting:
         return self.error(f"expected {describe_type(annotation)}", cure)
 
     def spell(self, value: str) -> str:
-        key = self.field.key
-        return f"--{key}={shlex.quote(value)}" if self.is_flag else f"{key.rpartition('.')[2]}: {value}"
+        key, leaf = self.field.key, self.field.key.rpartition(".")[2]
+        if self.is_flag:
+            return f"--{key}={shlex.quote(value)}"
+        return f"- {value}" if leaf.isdecimal() else f"{leaf}: {value}"
+
+    def items(self) -> list[yaml.Node]:
+        """The nodes of a list of groups, where one group alone needs no brackets."""
+        return self.node.value if isinstance(self.node, yaml.SequenceNode) else [self.node]
 
     def value(self) -> Any:
-        """The plain value; raises ConfigError where the node cannot be one for this field."""
+        """The plain value; raises ConfigError where the node cannot be one for this field.
+
+        Of a list of groups it is as many fresh items as were written; what is in them are settings of their own.
+        """
+        if self.field.is_group_list:
+            return [to_dict(self.field.fresh_item) for _ in self.items()]
         return self._convert(self.node, self.field.annotation)
 
     def _convert(self, node: yaml.Node, annotation: Any) -> Any:
@@ -179,30 +194,37 @@ def _members(node: yaml.MappingNode, prefix: str, fields: Fields, path: str, fla
             first = "" if flag else f", first on line {lines[key]}"
             raise ConfigError(f"{origin}: {key}: got {source_of(value_node)}, a second value{first}; keep one of them")
         lines[key] = line
-        if key not in fields:
+        field = find_field(fields, key)
+        if field is None:
             raise _unknown_key(key, origin, fields, f" (got {source_of(value_node)})", is_flag=False)
-        yield from _settings(_Setting(fields[key], value_node, origin, bool(flag)), fields, path, flag)
+        yield from _settings(_Setting(field, value_node, origin, bool(flag)), fields, path, flag)
 
 
 def _settings(setting: _Setting, fields: Fields, path: str, flag: str) -> Iterator[_Setting]:
-    """The setting itself, or those below it when it is a group."""
-    if not setting.field.is_group:
+    """The setting itself, those below it when it is a group, or both when it is a list of groups."""
+    field = setting.field
+    if not field.is_group:
         yield setting
+        for item_idx, node in enumerate(setting.items() if field.is_group_list else ()):
+            item = find_field(fields, f"{field.key}.{item_idx}")
+            assert item is not None
+            origin = flag or f"{path}:{node.start_mark.line + 1}"
+            yield from _settings(_Setting(item, node, origin, bool(flag)), fields, path, flag)
         return
     if not isinstance(setting.node, yaml.MappingNode):
-        problem = f"expected a group with keys among {', '.join(vars(setting.field.default))}"
-        raise setting.error(problem, f"write for example {setting.spell(_example(setting.field))}")
-    yield from _members(setting.node, f"{setting.field.key}.", fields, path, flag)
+        problem = f"expected a group with keys among {', '.join(vars(field.default))}"
+        raise setting.error(problem, f"write for example {setting.spell(_example(field))}")
+    yield from _members(setting.node, f"{field.key}.", fields, path, flag)
 
 
 def _flag_settings(flag: str, fields: Fields) -> Iterator[_Setting]:
     spelling, has_value, text = flag.removeprefix("--").partition("=")
     key, origin = spelling.replace("-", "_"), shorten(flag)
-    if key not in fields:
+    field = find_field(fields, key)
+    if field is None:
         raise _unknown_key(key, origin, fields, "", is_flag=True)
-    field = fields[key]
     if not has_value or not text:
-        cure = f"write --{key}={_example(field)}" + (" (or '\"\"' for an empty text)" if has_value else "")
+        cure = f"write --{key}={shlex.quote(_example(field))}" + (" (or '\"\"' for an empty text)" if has_value else "")
         raise ConfigError(f"{origin}: {key}: got no value, expected {describe_type(field.annotation)}; {cure}")
     setting = _Setting(field, yaml.ScalarNode("", text), origin, is_flag=True)
     if text[0] in "\"'[{":  # quotes and brackets are YAML; everything else is one plain scalar, colons and all
@@ -230,11 +252,14 @@ def _text_of_flag(origin: str) -> str:
 
 def _unknown_key(key: str, origin: str, fields: Fields, received: str, is_flag: bool) -> ConfigError:
     parent = key.rpartition(".")[0]
-    while parent and parent not in fields:
+    while parent and find_field(fields, parent) is None:
         parent = parent.rpartition(".")[0]
-    if parent and not fields[parent].is_group:
-        return ConfigError(f"{origin}: unknown key {key}{received}; {parent} is a value and has no keys below it")
+    if parent and not (owner := fields[template_of(parent)]).is_group:
+        below = f"list, whose items are {parent}.0, {parent}.1, ..." if owner.is_group_list else "value and has no keys"
+        return ConfigError(f"{origin}: unknown key {key}{received}; {parent} is a {below}")
     prefix = f"{parent}." if parent else ""
+    template = template_of(prefix)
+    fields = {prefix + k.removeprefix(template) if k.startswith(template) else k: f for k, f in fields.items()}
     siblings = [k for k in fields if k.startswith(prefix) and "." not in k.removeprefix(prefix)]
     close = _closest(key.rpartition(".")[2], siblings, fields)
     switch = difflib.get_close_matches(key, _SWITCHES, n=1) if is_flag and not close else []
@@ -259,9 +284,11 @@ def _closest(leaf: str, siblings: Sequence[str], fields: Fields) -> list[str]:
 
 
 def _example(field: ConfigField) -> str:
-    if field.is_group:
-        name, value = next(iter(vars(field.default).items()))
-        return f"{{{name}: {format_value(value)}}}"
+    if field.is_group or field.is_group_list:
+        group = field.default if field.is_group else field.fresh_item
+        name, value = next(iter(vars(group).items()))
+        example = f"{{{name}: {format_value(value)}}}"
+        return example if field.is_group else f"[{example}]"
     choices = choices_of(field.annotation)
     if field.default not in (None, (), ""):
         return format_value(field.default)
@@ -270,19 +297,23 @@ def _example(field: ConfigField) -> str:
     return format_value(choices[0]) if choices else "text" if accepts(field.annotation, str) else "1"
 
 
-def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
-    *groups, name = key.split(".")
+def _assign(tree: Any, setting: _Setting) -> None:
+    """Put a setting's value into the tree of plain values."""
+    *groups, name = setting.field.key.split(".")
+    at = ""
     for group in groups:
-        tree = tree[group]
-    tree[name] = value
+        if isinstance(tree, list) and int(group) >= len(tree):
+            problem = f"and {at[1:]} has {len(tree)} item(s), counted from 0"
+            raise setting.error(problem, f"write all of {at[1:]} to have more")
+        tree, at = tree[int(group) if isinstance(tree, list) else group], f"{at}.{group}"
+    tree[name] = setting.value()
 
 
-def _validate(schema: type[ConfigT], tree: dict[str, Any], fields: Fields, given: Mapping[str, _Setting]) -> ConfigT:
+def _validate(schema: type[ConfigT], tree: dict[str, Any], given: Mapping[str, _Setting]) -> ConfigT:
     try:
         # JSON, because pydantic's strict mode takes lists for tuples and dicts for dataclasses only from there.
         return TypeAdapter(schema).validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         location = [str(part) for part in error.errors()[0]["loc"]]
         prefixes = (".".join(location[:end]) for end in range(len(location), 0, -1))
-        key = next(prefix for prefix in prefixes if prefix in fields)
-        raise given[key].unexpected() from error
+        raise given[next(prefix for prefix in prefixes if prefix in given)].unexpected() from error

@@ -84,7 +84,7 @@ def compose(text: str, where: str) -> yaml.Node | None:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Groups as blocks, lists on one line, text quoted wherever it would be read as something else."""
+    """Groups as blocks, lists of values on one line, text quoted wherever it would be read as something else."""
 
     def ignore_aliases(self, data: object) -> bool:
         return True
@@ -96,7 +96,8 @@ def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 
 
 def _represent_list(dumper: _Dumper, items: list) -> yaml.SequenceNode:
-    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+    holds_groups = any(isinstance(item, dict) for item in items)
+    return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=not holds_groups)
 
 
 _Dumper.add_representer(str, _represent_text)

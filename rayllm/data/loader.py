@@ -47,6 +47,11 @@ class StepBatch:
     micro_batches: tuple[TokenBatch, ...]
     position: DataPosition
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model reads for it, padding included."""
+        return sum(micro_batch.inputs_BT.numel() for micro_batch in self.micro_batches)
+
 
 def step_batches(
     shards: TokenShards,
@@ -85,7 +90,7 @@ def step_batches(
             own = [row for _, row in taken[rank::world_size]]
             yield StepBatch(tuple(_collate(split, own, rows_per_micro_batch, sequence_len)), taken[-1][0])
 
-    return _prefetched(steps(), prefetch)
+    return prefetched(steps(), prefetch)
 
 
 def validation_batches(
@@ -166,18 +171,20 @@ def _collate(split: SplitTokens, rows: list[Row], rows_per_batch: int, sequence_
 
 
 @dataclass(frozen=True)
-class _Failure:
-    error: Exception
+class _End:
+    """Nothing more will come; with an error: because of it."""
+
+    error: Exception | None = None
 
 
-def _prefetched(produced: Iterator[_T], depth: int) -> Generator[_T, None, None]:
-    """Yield from an endless iterator that a background thread advances, at most ``depth`` items ahead."""
+def prefetched(produced: Iterator[_T], depth: int) -> Generator[_T, None, None]:
+    """Yield from an iterator that a background thread advances, at most ``depth`` items ahead (0: no thread)."""
     if not depth:
         yield from produced
         return
     # The first item is made here, where Ctrl-C reaches it: a resume plans all the rows before its own for it.
-    first = next(produced)
-    ready: queue.Queue[_T | _Failure] = queue.Queue(depth)
+    first = list(islice(produced, 1))
+    ready: queue.Queue[_T | _End] = queue.Queue(depth)
     stopped = threading.Event()
     thread = threading.Thread(target=_produce, args=(produced, ready, stopped), daemon=True, name="prefetch")
 
@@ -191,22 +198,25 @@ def _prefetched(produced: Iterator[_T], depth: int) -> Generator[_T, None, None]
     # For a generator that is still open when the interpreter ends: a thread that is inside torch then aborts it.
     atexit.register(stop)
     try:
-        yield first
+        yield from first
         while True:
             item = ready.get()
-            if isinstance(item, _Failure):
-                raise item.error
+            if isinstance(item, _End):
+                if item.error is not None:
+                    raise item.error
+                return
             yield item
     finally:  # also when the consumer closes or drops this generator
         atexit.unregister(stop)
         stop()
 
 
-def _produce(produced: Iterator[_T], ready: queue.Queue[_T | _Failure], stopped: threading.Event) -> None:
+def _produce(produced: Iterator[_T], ready: queue.Queue[_T | _End], stopped: threading.Event) -> None:
     try:
         for item in produced:
             ready.put(item)
             if stopped.is_set():
                 return
+        ready.put(_End())
     except Exception as error:  # noqa: BLE001 - raised again by the consumer
-        ready.put(_Failure(error))
+        ready.put(_End(error))

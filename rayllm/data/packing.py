@@ -5,7 +5,8 @@ rows. The plan is a pure function of (document lengths, seed, epoch): one global
 
 A row holds ``sequence_len + 1`` tokens (inputs are all but the last, targets all but the first) and
 starts with BOS. It is filled from a pool of documents: the largest that fits whole in the remaining
-space goes in; when none fits, the shortest is cut to fill the row exactly.
+space goes in. When none fits, what happens depends on the mode: the shortest is cut to fill the row exactly (text, for
+pretraining), or the rest of the row stays empty and nothing is ever cut (conversations).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 LongDocuments = Literal["crop", "carry"]
+Filling = Literal["crop", "carry", "pad"]
 
 POOL_SIZE = 1000
 """Documents to choose from: more of them leave fewer to be cut."""
@@ -86,21 +88,26 @@ def document_order(
 class RowPlan:
     """The rows of one epoch, in order. Iterating plans them anew each time.
 
+    ``filling`` says what happens to a row whose rest no document of the pool fits: the shortest is cut, and what is
+    left of it dropped ("crop") or kept ("carry"); or the row is left short ("pad"), as is the last row, and every
+    document, none of them longer than a row, is in exactly one row.
+
     The counts describe the rows planned so far by the latest iteration: ``num_cropped_tokens`` were cut from
-    documents and dropped (always 0 for "carry"), ``num_tail_tokens`` could not fill a last row.
+    documents and dropped (always 0 but for "crop"), ``num_tail_tokens`` could not fill a last row (always 0 for "pad").
     """
 
     shards: Sequence[ShardLengths]
     sequence_len: int
-    long_documents: LongDocuments
+    filling: Filling
     seed: int | None
     epoch: int = 0
+    pool_size: int = POOL_SIZE
     num_rows: int = field(default=0, init=False)
     num_cropped_tokens: int = field(default=0, init=False)
     num_tail_tokens: int = field(default=0, init=False)
 
     def __iter__(self) -> Iterator[Row]:
-        assert self.long_documents in ("crop", "carry"), self.long_documents
+        assert self.filling in ("crop", "carry", "pad"), self.filling
         self.num_rows = self.num_cropped_tokens = self.num_tail_tokens = 0
         # The pool, sorted by cost: the tokens a document takes of a row, with its BOS. Parallel lists, since
         # bisect on plain integers is what makes this fast. Among equals the oldest stands last and goes first.
@@ -116,7 +123,7 @@ class RowPlan:
         space = capacity = self.sequence_len + 1
         row: list[Piece] = []
         while True:
-            while len(costs) < POOL_SIZE:
+            while len(costs) < self.pool_size:
                 arrival = next(fresh, None)
                 if arrival is None:
                     break
@@ -125,22 +132,28 @@ class RowPlan:
                 break
             at = bisect_right(costs, space) - 1
             fits = at >= 0
-            cost = costs.pop(at if fits else 0)
-            document_idx, start = documents.pop(at if fits else 0)
-            taken = min(cost, space)
-            length = taken - 1 if start else taken
-            row.append(Piece(document_idx, start, length))
-            space -= taken
-            if not fits and self.long_documents == "carry":
-                put(cost - taken + 1, document_idx, start + length)
-            elif not fits:
-                self.num_cropped_tokens += cost - taken
-            if not space:
+            if fits or self.filling != "pad":
+                cost = costs.pop(at if fits else 0)
+                document_idx, start = documents.pop(at if fits else 0)
+                taken = min(cost, space)
+                length = taken - 1 if start else taken
+                row.append(Piece(document_idx, start, length))
+                space -= taken
+                if not fits and self.filling == "carry":
+                    put(cost - taken + 1, document_idx, start + length)
+                elif not fits:
+                    self.num_cropped_tokens += cost - taken
+            if not space or (not fits and self.filling == "pad"):
+                assert row, "a document that is to stay whole is longer than a row"
                 self.num_rows += 1
                 yield tuple(row)
                 row.clear()
                 space = capacity
-        self.num_tail_tokens = sum(piece.length for piece in row)
+        if row and self.filling == "pad":
+            self.num_rows += 1
+            yield tuple(row)
+        else:
+            self.num_tail_tokens = sum(piece.length for piece in row)
 
     def _fresh_documents(self) -> Iterator[tuple[int, int]]:
         for documents, lengths in document_order(self.shards, seed=self.seed, epoch=self.epoch):

@@ -166,13 +166,11 @@ class Engine:
                 sequence.finish_reason = "failed"
             if sequence.finish_reason is not None:
                 deltas.append(Delta(sequence.seq_id, (), (), sequence.finish_reason))
-        for sampling, rows in _by_sampling(running).items():
+        for (temperature, top_k), rows in _by_kind(running).items():
             seeds = np.array([running[row].seed for row in rows], dtype=np.uint64)
             t = np.array([len(running[row].token_ids) for row in rows], dtype=np.uint64)
             chosen_BV = logits_BV if len(rows) == len(running) else logits_BV[rows]
-            tokens_B, logprobs_B = sample_tokens(
-                chosen_BV, seeds, t, temperature=sampling.temperature, top_k=sampling.top_k
-            )
+            tokens_B, logprobs_B = sample_tokens(chosen_BV, seeds, t, temperature=temperature, top_k=top_k)
             for row, token_id, logprob in zip(rows, tokens_B.tolist(), logprobs_B.tolist(), strict=True):
                 sequence = running[row]
                 token_id = sequence.add(token_id, logprob, self.weights_version)
@@ -180,12 +178,12 @@ class Engine:
         return deltas
 
 
-def _by_sampling(running: Sequence[SequenceState]) -> dict[SamplingConfig, list[int]]:
-    """Rows to draw for, by how they are drawn."""
-    rows: dict[SamplingConfig, list[int]] = {}
+def _by_kind(running: Sequence[SequenceState]) -> dict[tuple[float, int | None], list[int]]:
+    """Rows to draw for, by temperature and top_k."""
+    rows: dict[tuple[float, int | None], list[int]] = {}
     for row_idx, sequence in enumerate(running):
         if sequence.finish_reason is None:
-            rows.setdefault(sequence.sampling, []).append(row_idx)
+            rows.setdefault((sequence.sampling.temperature, sequence.sampling.top_k), []).append(row_idx)
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Ratios over rows, such as the mean loss of a token, with standard errors that know that a row's tokens hang together."""
+"""Ratios over rows, such as the mean loss of a token, with errors that know that a row's tokens hang together."""
 
 from __future__ import annotations
 

@@ -111,7 +111,9 @@ def plan(config: PretrainConfig, vocab_size: int) -> PretrainPlan:
         tokens_per_step = config.tokens_per_step
     batch = tokens_per_step / REFERENCE_TOKENS_PER_STEP
     flops = flops_per_token(model)
-    rows_per_step, rows_per_worker = _split(config, tokens_per_step)
+    rows_per_step, rows_per_worker = split_step(
+        tokens_per_step, model.sequence_len, config.workers.num_workers, row_key="model.sequence_len"
+    )
     return PretrainPlan(
         model=model,
         parameters=counts,
@@ -126,17 +128,17 @@ def plan(config: PretrainConfig, vocab_size: int) -> PretrainPlan:
     )
 
 
-def _split(config: PretrainConfig, tokens_per_step: int) -> tuple[int, int]:
-    """Rows of a step over all workers, and of one worker."""
-    unit = config.model.sequence_len * config.workers.num_workers
+def split_step(tokens_per_step: int, sequence_len: int, num_workers: int, *, row_key: str) -> tuple[int, int]:
+    """Rows of a step over all workers, and of one worker; ValueError when they are no whole numbers."""
+    unit = sequence_len * num_workers
     if tokens_per_step % unit:
         fitting = max(1, round(tokens_per_step / unit)) * unit
         raise ValueError(
-            f"tokens_per_step={tokens_per_step} must be a multiple of model.sequence_len * workers.num_workers = "
-            f"{config.model.sequence_len} * {config.workers.num_workers} = {unit}: try --tokens_per_step={fitting}"
+            f"tokens_per_step={tokens_per_step} must be a multiple of {row_key} * workers.num_workers = "
+            f"{sequence_len} * {num_workers} = {unit}: try --tokens_per_step={fitting}"
         )
-    rows_per_step = tokens_per_step // config.model.sequence_len
-    return rows_per_step, rows_per_step // config.workers.num_workers
+    rows_per_step = tokens_per_step // sequence_len
+    return rows_per_step, rows_per_step // num_workers
 
 
 def _num_steps(config: PretrainConfig, scaling_parameters: int, flops: float, tokens_per_step: int) -> int:

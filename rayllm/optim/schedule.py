@@ -11,6 +11,8 @@ from rayllm.optim.optimizer import MuonAdamW
 
 MOMENTUM_START, MOMENTUM_PEAK, MOMENTUM_END = 0.85, 0.97, 0.90
 MOMENTUM_WARMUP_STEPS = 400
+FINETUNE_MOMENTUM = 0.95
+FINETUNE_MOMENTUM_WARMUP_STEPS = 300
 
 
 @dataclass(frozen=True)
@@ -45,28 +47,44 @@ class PretrainSchedule:
 
     def at(self, step: int) -> Rates:
         return Rates(
-            lr_multiplier=self._lr_multiplier(step),
+            lr_multiplier=lr_share(step, self.num_steps, self.optim),
             momentum=self._momentum(step),
             weight_decay_share=0.5 * (1 + math.cos(math.pi * step / self.num_steps)),
         )
 
-    @property
-    def _num_warmdown_steps(self) -> int:
-        return round(self.optim.warmdown_ratio * self.num_steps)
-
-    def _warmdown_progress(self, step: int) -> float | None:
-        """From 0 to 1 over the warm-down; None before it."""
-        start = self.num_steps - self._num_warmdown_steps
-        return (step - start) / self._num_warmdown_steps if step > start else None
-
-    def _lr_multiplier(self, step: int) -> float:
-        if step < self.optim.warmup_steps:
-            return (step + 1) / self.optim.warmup_steps
-        progress = self._warmdown_progress(step)
-        return 1.0 if progress is None else 1 + (self.optim.final_lr_fraction - 1) * progress
-
     def _momentum(self, step: int) -> float:
         if step < MOMENTUM_WARMUP_STEPS:
             return MOMENTUM_START + (MOMENTUM_PEAK - MOMENTUM_START) * step / MOMENTUM_WARMUP_STEPS
-        progress = self._warmdown_progress(step)
-        return MOMENTUM_PEAK if progress is None else MOMENTUM_PEAK + (MOMENTUM_END - MOMENTUM_PEAK) * progress
+        progress = _warmdown_progress(step, self.num_steps, self.optim)
+        return MOMENTUM_PEAK + (MOMENTUM_END - MOMENTUM_PEAK) * progress
+
+
+@dataclass(frozen=True)
+class FinetuneSchedule:
+    """As in pretraining, with every rate times `lr_fraction`; momentum up to where it stays, decay as it is."""
+
+    num_steps: int
+    optim: OptimConfig
+    lr_fraction: float
+
+    def at(self, step: int) -> Rates:
+        warmth = min(step / FINETUNE_MOMENTUM_WARMUP_STEPS, 1.0)
+        return Rates(
+            lr_multiplier=self.lr_fraction * lr_share(step, self.num_steps, self.optim),
+            momentum=MOMENTUM_START + (FINETUNE_MOMENTUM - MOMENTUM_START) * warmth,
+            weight_decay_share=1.0,
+        )
+
+
+def lr_share(step: int, num_steps: int, optim: OptimConfig) -> float:
+    """The learning rate as a share of its peak: linear warm-up, plateau, linear warm-down."""
+    if step < optim.warmup_steps:
+        return (step + 1) / optim.warmup_steps
+    return 1 + (optim.final_lr_fraction - 1) * _warmdown_progress(step, num_steps, optim)
+
+
+def _warmdown_progress(step: int, num_steps: int, optim: OptimConfig) -> float:
+    """From 0, up to the start of the warm-down, to 1 at the end of the run."""
+    num_warmdown_steps = round(optim.warmdown_ratio * num_steps)
+    start = num_steps - num_warmdown_steps
+    return (step - start) / num_warmdown_steps if step > start else 0.0

@@ -62,6 +62,7 @@ def run(config: ImportNanochatConfig) -> None:
             optimizer_state=None,
             state={
                 "stage": "imported",
+                "source_stage": _source_stage(source),
                 "model": model_config.to_dict(),
                 "tokenizer_fingerprint": tokenizer.fingerprint,
             },
@@ -128,6 +129,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
         return Tokenizer(ranks=ranks, pattern=encoding.state["pat_str"], special_tokens=special_tokens)
     except (pickle.UnpicklingError, AttributeError, KeyError, TypeError, EOFError, IndexError) as error:
         raise ValueError(f"{path} is no pickled tiktoken Encoding: {error}") from error
+
+
+def _source_stage(source: Path) -> str | None:
+    """Which stage made it, as nanochat's folder of folders says; None where it lies elsewhere."""
+    stages = {"base_checkpoints": "base", "chatsft_checkpoints": "sft", "chatrl_checkpoints": "rl"}
+    return stages.get(source.resolve().parent.name)
 
 
 def _newest_step(source: Path) -> int:

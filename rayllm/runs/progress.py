@@ -74,7 +74,7 @@ class ProgressFollower:
                     self._view.say(f"{self._pace.place(record['step'])}  sample: {_printable(str(record['text']))}")
                 continue
             self._pace.add(record)
-            if "val/bpb" in record:
+            if any(key.startswith("val/") for key in record):
                 self._view.say(f"{self._pace.place(record['step'])}  {render_validation(record)}")
         if records:
             self._view.show(self._pace)
@@ -166,8 +166,9 @@ class Pace:
         return f"step {step}/{self.num_steps}"
 
     def render_metrics(self) -> list[str]:
-        """`loss 4.812`, `lr 0.71`, `3,410 tok/s`, `mfu 31%`, `eta 12m30s`, as far as they are known."""
+        """`reward 0.41`, `loss 4.812`, `lr 0.71`, `3,410 tok/s`, `mfu 31%`, `eta 12m30s`, as far as they are known."""
         formats = {
+            "train/reward": lambda reward: f"reward {reward:.2f}",
             "train/loss": lambda loss: f"loss {loss:.3f}",
             "train/lr_multiplier": lambda lr: f"lr {lr:.2f}",
             "train/tokens_per_s": lambda speed: f"{speed:,.0f} tok/s",
@@ -186,9 +187,13 @@ def render_duration(seconds: float) -> str:
 
 
 def render_validation(record: Mapping[str, Any]) -> str:
-    """`val bpb 1.2345 +- 0.0051`."""
-    error = record.get("val/bpb_stderr")
-    return f"val bpb {record['val/bpb']:.4f}" + ("" if error is None else f" +- {error:.4f}")
+    """`val bpb 1.2345 +- 0.0051`; several metrics with commas between them."""
+    shown = []
+    for key, value in record.items():
+        if key.startswith("val/") and not key.endswith("_stderr"):
+            error = record.get(f"{key}_stderr")
+            shown.append(f"{key.removeprefix('val/')} {value:.4f}" + ("" if error is None else f" +- {error:.4f}"))
+    return f"val {', '.join(shown)}"
 
 
 def _printable(text: str) -> str:

@@ -69,9 +69,9 @@ def fit(
         batch = next(batches)
         rates = schedule.at(step)
         rates.apply(optimizer, matrix_weight_decay)
-        loss, num_loss_tokens = forward_backward(replica, batch, runtime)
+        loss, _ = forward_backward(replica, batch, runtime)
         optimizer.step()
-        num_tokens += num_loss_tokens
+        num_tokens += batch.num_tokens * runtime.world_size  # every worker has as many rows
 
         done, is_last = step + 1, step + 1 == num_steps
         is_saved = is_due(done, intervals.save_every, is_last)

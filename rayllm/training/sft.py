@@ -117,9 +117,8 @@ def mixture_path(run_path: Path, split: str) -> Path:
     return run_path / "conversations" / split
 
 
-def plan_sft(config: SFTConfig, start: SFTStart, mixture: Mixture) -> SFTPlan:
-    """Derive the whole plan."""
-    rows = ConversationRows(mixture, start.sequence_len)
+def plan_sft(config: SFTConfig, start: SFTStart, rows: ConversationRows) -> SFTPlan:
+    """Derive the whole plan from the rows to train on."""
     num_steps = math.ceil(len(rows.rows) / start.rows_per_step)
     return SFTPlan(
         checkpoint=str(start.checkpoint.path),
@@ -128,11 +127,11 @@ def plan_sft(config: SFTConfig, start: SFTStart, mixture: Mixture) -> SFTPlan:
         rows_per_step=start.rows_per_step,
         rows_per_micro_batch=start.rows_per_micro_batch,
         num_rows=len(rows.rows),
-        num_conversations=sum(task.num_conversations for task in mixture.tasks),
+        num_conversations=sum(task.num_conversations for task in rows.mixture.tasks),
         padding_share=rows.padding_share,
         num_steps=min(num_steps, config.max_steps or num_steps),
         flops_per_token=flops_per_token(start.model),
-        tasks=[asdict(task) for task in mixture.tasks],
+        tasks=[asdict(task) for task in rows.mixture.tasks],
     )
 
 
@@ -142,7 +141,9 @@ def run_worker(config: SFTConfig, run_path: Path, runtime: Runtime) -> Metrics:
     The conversations must stand rendered in the run directory.
     """
     start = check_start(config, run_path)
-    train, held_out = (Mixture.load(mixture_path(run_path, split)) for split in ("train", "val"))
+    train, held_out = (
+        ConversationRows(Mixture.load(mixture_path(run_path, split)), start.sequence_len) for split in ("train", "val")
+    )
     derived = plan_sft(config, start, train)
     model = GPT(start.model, compute_dtype=runtime.dtype)
     load_weights(model, start.checkpoint)
@@ -153,17 +154,15 @@ def run_worker(config: SFTConfig, run_path: Path, runtime: Runtime) -> Metrics:
         if moments is not None:
             optimizer.load_named_state(moments)
     share = {"rank": runtime.rank, "world_size": runtime.world_size}
-    batches = ConversationRows(train, start.sequence_len).step_batches(
+    batches = train.step_batches(
         rows_per_step=start.rows_per_step,
         rows_per_micro_batch=start.rows_per_micro_batch,
         position=position_of(start.resumes_from),
         **share,
     )
-    validation_rows = ConversationRows(held_out, start.sequence_len)
 
     def evaluate() -> Metrics:
-        held_out_batches = validation_rows.batches(rows_per_batch=start.rows_per_micro_batch, **share)
-        loss = evaluate_loss(model, held_out_batches, runtime)
+        loss = evaluate_loss(model, held_out.batches(rows_per_batch=start.rows_per_micro_batch, **share), runtime)
         return {"val/loss": loss.value, "val/loss_stderr": loss.stderr}
 
     stage = Stage(
@@ -190,9 +189,11 @@ def run_worker(config: SFTConfig, run_path: Path, runtime: Runtime) -> Metrics:
 
 def _answers(model: GPT, tokenizer: Tokenizer) -> Iterator[str]:
     """What the model answers to a few questions, greedily, tool blocks and all."""
+    sampling = SamplingConfig(temperature=0, max_tokens=min(SAMPLE_TOKENS, model.config.sequence_len))
+    max_len = POSITIONS_PER_ROW * model.config.sequence_len
     for text in SAMPLE_PROMPTS:
-        ids = render_for_reply(tokenizer, Conversation((Message("user", text),)), model.config.sequence_len)
-        engine = Engine(model, tokenizer, num_slots=1, max_len=len(ids) + SAMPLE_TOKENS, calculator=calculate)
-        prompt = Prompt(text, tuple(ids))
-        ((completion,),) = engine.generate([prompt], SamplingConfig(temperature=0, max_tokens=SAMPLE_TOKENS), 1)
+        question = Conversation((Message("user", text),))
+        ids = render_for_reply(tokenizer, question, max_len - sampling.max_tokens)
+        engine = Engine(model, tokenizer, num_slots=1, max_len=len(ids) + sampling.max_tokens, calculator=calculate)
+        ((completion,),) = engine.generate([Prompt(text, tuple(ids))], sampling)
         yield f"{text}|{tokenizer.decode([i for i in completion.token_ids if i < tokenizer.vocab_size])}"

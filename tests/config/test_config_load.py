@@ -8,6 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rayllm.config.chat_schema import (
+    ChatConfig,
+    ChatEvalConfig,
+    QuickstartConfig,
+    ReportConfig,
+    RLConfig,
+    ServeConfig,
+    SFTConfig,
+    TaskConfig,
+)
 from rayllm.config.load import ConfigError, load_config, split_arguments, to_dict, to_yaml
 from rayllm.config.schema import (
     BaseEvalConfig,
@@ -150,6 +160,101 @@ def test_a_text_flag_is_the_text_it_is(text: str) -> None:
     assert load_config(PretrainConfig, None, [f"--out={text}"]).out == text
 
 
+# Lists of groups
+
+
+def test_a_list_of_groups_in_a_recipe_and_in_a_flag(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "tasks:\n  - {name: gsm8k, epochs: 4}\n  - name: chat_jsonl\n    path: a.jsonl\n")
+    tasks = (TaskConfig(name="gsm8k", epochs=4), TaskConfig(name="chat_jsonl", path="a.jsonl"))
+    assert load_config(SFTConfig, recipe).tasks == tasks
+    flag = "--tasks=[{name: gsm8k, epochs: 4}, {name: chat_jsonl, path: a.jsonl}]"
+    assert load_config(SFTConfig, None, [flag]).tasks == tasks
+    assert load_config(SFTConfig, recipe, ["--tasks=[{name: gsm8k}]"]).tasks == (TaskConfig(name="gsm8k"),)
+    assert load_config(SFTConfig, None, ["--tasks={name: gsm8k}"]).tasks == (TaskConfig(name="gsm8k"),)
+
+
+def test_one_key_of_one_item(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "tasks: [{name: gsm8k}, {epochs: 3}]\n")
+    config = load_config(SFTConfig, recipe, ["--tasks.1.epochs=5", "--tasks.0={num_examples: 7}"])
+    assert config.tasks == (TaskConfig(name="gsm8k", num_examples=7), TaskConfig(epochs=5))
+    nested = load_config(QuickstartConfig, None, ["--sft.tasks.0.num_examples=120"])
+    assert nested.sft.tasks == (TaskConfig(num_examples=120),)
+
+
+def test_a_new_item_is_like_the_first_of_the_default() -> None:
+    """What is said to be held out is so, unless somebody says otherwise."""
+    validation = load_config(SFTConfig, None, ["--validation=[{name: gsm8k}, {}]"]).validation
+    assert validation == (
+        TaskConfig(name="gsm8k", split="validation", num_examples=200),
+        TaskConfig(split="validation", num_examples=200),
+    )
+
+
+task_texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda t: t.strip())
+
+
+@given(st.lists(st.tuples(task_texts, st.integers(1, 9)), min_size=1, max_size=3))
+def test_lists_of_groups_read_back(parts: list[tuple[str, int]]) -> None:
+    tasks = tuple(TaskConfig(name="chat_jsonl", path=path, epochs=epochs) for path, epochs in parts)
+    config = SFTConfig(tasks=tasks)
+    from tempfile import TemporaryDirectory
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "config.yaml")
+        path.write_text(to_yaml(config), encoding="utf-8", newline="")
+        assert load_config(SFTConfig, str(path)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tasks:\n- name: gsm8k\n- nme: x\n", "{path}:3: unknown key tasks.1.nme (got x); did you mean tasks.1.name?"),
+        ("tasks:\n- name: gsm8k\n  epochs: 4.5\n",
+         "{path}:3: tasks.0.epochs: got 4.5, expected integer > 0; write for example epochs: 1"),
+        ("tasks:\n- name: gsm8k\n- gsm8k\n",
+         "{path}:3: tasks.1: got gsm8k, expected a group with keys among name, split, path, num_examples, max_level, "
+         "seed, epochs; write for example - {{name: word_problems}}"),
+        ("tasks:\n- name: gsm\n",
+         "{path}:2: tasks.0.name: got gsm, expected word_problems, gsm8k or chat_jsonl; did you mean gsm8k?"),
+        ("tasks:\n- name: gsm8k\n  name: gsm8k\n",
+         "{path}:3: tasks.0.name: got gsm8k, a second value, first on line 2; keep one of them"),
+        ("tasks:\n- name: gsm8k\n- name: chat_jsonl\n",
+         "{path}:3: tasks.1.path is missing; tasks.1.name=chat_jsonl reads conversations from a file, write "
+         "--tasks.1.path=FILE"),
+    ],
+)  # fmt: skip
+def test_errors_in_a_list_of_groups_name_the_item_and_its_line(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, text)
+    assert error_of(SFTConfig, path) == message.format(path=path)
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--tasks=[{nam: x}]", "--tasks=[{nam: x}]: unknown key tasks.0.nam (got x); did you mean tasks.0.name?"),
+        ("--tasks", "--tasks: tasks: got no value, expected list of groups; write --tasks='[{name: word_problems}]'"),
+        ("--tasks=[{name: gsm8k",
+         "--tasks=[{name: gsm8k: tasks: got [{name: gsm8k, not valid YAML; write for example "
+         "--tasks='[{name: word_problems}]'"),
+        ("--tasks.name=x",
+         "--tasks.name=x: unknown key tasks.name; tasks is a list, whose items are tasks.0, tasks.1, ..."),
+        ("--tasks.2.epochs=3",
+         "--tasks.2.epochs=3: tasks.2.epochs: got 3, and tasks has 1 item(s), counted from 0; write all of tasks to "
+         "have more"),
+        ("--epochs=3",
+         "--epochs=3: unknown key epochs; did you mean --tasks.0.epochs or --validation.0.epochs?"),
+    ],
+)  # fmt: skip
+def test_flag_errors_in_a_list_of_groups(flag: str, message: str) -> None:
+    assert error_of(SFTConfig, None, (flag,)) == message
+
+
+def test_a_list_written_anew_is_not_blamed_on_the_recipe(tmp_path: Path) -> None:
+    recipe = write(tmp_path, "tasks:\n- name: gsm8k\n")
+    message = error_of(SFTConfig, recipe, ("--tasks=[{split: test_unseen, name: gsm8k}]",))
+    assert message.startswith("--tasks=[{split: test_unseen, name: gsm8k}] and --tasks=[")
+
+
 # Errors
 
 
@@ -164,7 +269,7 @@ def test_a_text_flag_is_the_text_it_is(text: str) -> None:
          "sample_every, sample_tokens, save_every, keep_checkpoints, tracking"),
         ("--model={head_dim: 4", "--model={head_dim: 4: model: got {head_dim: 4, not valid YAML; write for example "
          "--model='{aspect_ratio: 64}'"),
-        ("--depth.x=4", "--depth.x=4: unknown key depth.x; depth is a value and has no keys below it"),
+        ("--depth.x=4", "--depth.x=4: unknown key depth.x; depth is a value and has no keys"),
         ("--depth=-3", "--depth=-3: depth: got -3, expected integer > 0; write for example --depth=12"),
         ("--depth=four", "--depth=four: depth: got four, expected integer > 0; write for example --depth=12"),
         ("--depth=true", "--depth=true: depth: got true, expected integer > 0; write for example --depth=12"),
@@ -368,6 +473,97 @@ def test_split_arguments() -> None:
         ),
         (ImportNanochatConfig, (), "defaults: source is missing; give the directory of the nanochat checkpoint"),
         (PretrainConfig, ("--out=''",), "--out='': out is empty; write the path of a directory"),
+        (
+            PretrainConfig,
+            ("--data.shards=' '",),
+            "--data.shards=' ': data.shards is empty; write the path of a directory",
+        ),
+        (
+            SFTConfig,
+            ("--tasks=[]",),
+            "--tasks=[]: tasks=[] leaves nothing to learn; write --tasks='[{name: word_problems}]'",
+        ),
+        (
+            SFTConfig,
+            ("--validation=[]",),
+            "--validation=[]: validation=[] leaves nothing to measure; write "
+            "--validation='[{name: word_problems, split: validation}]'",
+        ),
+        (
+            SFTConfig,
+            ("--validation.0.split=train",),
+            "--validation.0.split=train: validation.0 holds what tasks.0 learns from (word_problems, split train); "
+            "write --validation.0.split=validation",
+        ),
+        (
+            SFTConfig,
+            ("--sequence_len=512", "--tokens_per_step=1000"),
+            "--tokens_per_step=1000 and --sequence_len=512: tokens_per_step=1000 is not divisible by sequence_len 512 "
+            "* workers.num_workers 1 = 512; write --tokens_per_step=1024",
+        ),
+        (
+            SFTConfig,
+            ("--tasks.0.path=a.jsonl",),
+            "--tasks.0.path=a.jsonl: tasks.0.path=a.jsonl is not read by tasks.0.name=word_problems; write "
+            "--tasks.0.name=chat_jsonl, or leave the path out",
+        ),
+        (
+            RLConfig,
+            ("--num_samples=1",),
+            "--num_samples=1: num_samples=1 leaves no baseline: a sample is judged against the others of its problem; "
+            "write --num_samples=16, or at least 2",
+        ),
+        (
+            RLConfig,
+            ("--task.name=chat_jsonl", "--task.path=a"),
+            "--task.name=chat_jsonl: task.name=chat_jsonl has no verdict on answers; write --task.name=gsm8k or "
+            "another",
+        ),
+        (
+            RLConfig,
+            ("--task.name=gsm8k", "--task.split=test_unseen"),
+            "--task.split=test_unseen and --task.name=gsm8k: task.split=test_unseen is no part of gsm8k, which has "
+            "train, validation, test; write --task.split=test",
+        ),
+        (
+            RLConfig,
+            ("--learners.device=mps", "--learners.num_workers=2"),
+            "--learners.num_workers=2 and --learners.device=mps: learners.num_workers=2 is too many for "
+            "learners.device=mps, which serves one process; write --learners.num_workers=1 or --learners.device=cpu",
+        ),
+        (
+            ChatEvalConfig,
+            ("--tasks.0.epochs=2",),
+            "--tasks.0.epochs=2: tasks.0.epochs=2 counts only in the mixture of sft; leave it out here",
+        ),
+        (
+            ChatEvalConfig,
+            ("--tasks=[]",),
+            "--tasks=[]: tasks=[] leaves nothing to be tested on; write --tasks='[{name: word_problems, split: test}]'",
+        ),
+        (
+            ChatConfig,
+            ("--prompt=''",),
+            "--prompt='': prompt is empty; write what to ask, or leave it out to have a conversation",
+        ),
+        (ServeConfig, ("--checkpoint=''",), "--checkpoint='': checkpoint is empty; write the path of a directory"),
+        (
+            ServeConfig,
+            ("--host=' '",),
+            "--host=' ': host is empty; write --host=127.0.0.1, or 0.0.0.0 to open it to the network",
+        ),
+        (
+            ServeConfig,
+            ("--model_name=''",),
+            "--model_name='': model_name is empty; write a name, or leave it out to have the run's",
+        ),
+        (ReportConfig, (), "defaults: run is missing; give a run directory, or the folder of a model's runs"),
+        (
+            QuickstartConfig,
+            ("--rl.num_samples=1",),
+            "--rl.num_samples=1: rl: num_samples=1 leaves no baseline: a sample is judged against the others of its "
+            "problem; write --rl.num_samples=16, or at least 2",
+        ),
     ],
 )
 def test_impossible_combinations(schema: type, flags: tuple[str, ...], message: str) -> None:
@@ -382,3 +578,8 @@ def test_a_combination_names_the_line_of_the_recipe(tmp_path: Path) -> None:
 
 def test_a_byte_tokenizer_needs_no_sources() -> None:
     assert load_config(TokenizerConfig, None, ["--kind=byte"]).kind == "byte"
+
+
+@pytest.mark.parametrize("schema", [SFTConfig, RLConfig, ChatEvalConfig, ChatConfig, ServeConfig, QuickstartConfig])
+def test_the_defaults_of_the_chat_stages_can_work(schema: type) -> None:
+    assert load_config(schema) == schema()

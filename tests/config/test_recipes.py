@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 
 from rayllm.cli import STAGES
-from rayllm.config import schema as schemas
 from rayllm.config.load import ConfigError, load_config
 from rayllm.config.recipes import RECIPES_ROOT, find_recipe, list_recipes, recipe_stem
 from rayllm.config.schema import PretrainConfig, TokenizerConfig
 
-SCHEMAS = {stage.name.replace("-", "_"): getattr(schemas, stage.schema.partition(":")[2]) for stage in STAGES}
+SCHEMAS = {stage.name.replace("-", "_"): resolve_name(stage.schema) for stage in STAGES}
 RECIPES = sorted(RECIPES_ROOT.rglob("*.y*ml"))
 
 

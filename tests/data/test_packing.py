@@ -112,6 +112,25 @@ def test_a_space_of_one_token_takes_a_bos_and_loses_nothing_when_carrying() -> N
     assert list(plan)[1] == ((1, 1, 5),)
 
 
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 31), max_size=80), st.sampled_from([1, 3, 100]))
+def test_padding_keeps_every_document_whole_and_in_one_row(lengths: list[int], pool_size: int) -> None:
+    plan = RowPlan(shards_of(lengths), 30, "pad", None, pool_size=pool_size)
+    rows = list(plan)
+    pieces = [piece for row in rows for piece in row]
+    assert sorted(pieces) == [(idx, 0, length) for idx, length in enumerate(lengths)]
+    assert all(0 < cost(row) <= 31 for row in rows)
+    assert (plan.num_rows, plan.num_cropped_tokens, plan.num_tail_tokens) == (len(rows), 0, 0)
+    assert all(cost(row) + rows[idx + 1][0].length > 31 for idx, row in enumerate(rows[:-1]) if pool_size > 80), (
+        "a row ends only where nothing fits, so not even what opens the next one"
+    )
+
+
+def test_padding_fills_by_best_fit_and_leaves_the_rest_empty() -> None:
+    rows = list(RowPlan(shards_of([4, 6, 3, 8]), 9, "pad", None))
+    assert rows == [((3, 0, 8),), ((1, 0, 6), (0, 0, 4)), ((2, 0, 3),)]
+
+
 def test_documents_are_chosen_from_a_pool() -> None:
     """The document that fits stands just inside of the pool, and just outside of it."""
     for place, is_seen in ((POOL_SIZE - 1, True), (POOL_SIZE, False)):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rayllm.runs.progress import MetricsTail, Pace, ProgressFollower, render_duration
+from rayllm.runs.progress import MetricsTail, Pace, ProgressFollower, render_duration, render_validation
 
 
 class Terminal(io.StringIO):
@@ -203,3 +203,9 @@ def test_missing_metrics_are_left_out():
 )
 def test_durations(seconds, text):
     assert render_duration(seconds) == text
+
+
+def test_validation_in_whatever_a_stage_measures() -> None:
+    assert render_validation({"step": 4, "val/loss": 2.5, "val/loss_stderr": 0.01}) == "val loss 2.5000 +- 0.0100"
+    record = {"step": 4, "val/pass@1": 0.5, "val/pass@1_stderr": 0.02, "val/greedy": 0.625}
+    assert render_validation(record) == "val pass@1 0.5000 +- 0.0200, greedy 0.6250"

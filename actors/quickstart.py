@@ -1,0 +1,128 @@
+"""The `quickstart` stage: the whole life of a small model on built-in data, in one command.
+
+It runs the stages that stand on their own, one after the other in one Ray; the same command again goes on where an
+earlier one ended.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from actors import cluster, evaluate, fit, rl, tokenize
+from rayllm.config.chat_schema import ChatEvalConfig, CorpusConfig, QuickstartConfig
+from rayllm.runs import report
+from rayllm.runs.atomic import write_atomic, write_json
+from rayllm.runs.checkpoint import open_checkpoint
+from rayllm.text import train
+from tasks.word_problems import story
+
+
+def place(config: QuickstartConfig) -> QuickstartConfig:
+    """The recipe with every stage reading what the one before it wrote, all below `out`."""
+    root = Path(config.out)
+    corpus, tokenizer, shards, base, sft, rl_run = (
+        str(root / name) for name in ("corpus/stories.jsonl", "tokenizer", "shards", "base", "sft", "rl")
+    )
+    return replace(
+        config,
+        tokenizer=replace(config.tokenizer, out=tokenizer, sources=(corpus,)),
+        tokenize=replace(config.tokenize, out=shards, tokenizer=tokenizer, sources=(corpus,)),
+        pretrain=replace(
+            config.pretrain, out=base, data=replace(config.pretrain.data, shards=shards, tokenizer=tokenizer)
+        ),
+        sft=replace(config.sft, out=sft, checkpoint=base),
+        rl=replace(config.rl, out=rl_run, checkpoint=sft),
+    )
+
+
+def run(config: QuickstartConfig) -> None:
+    """Run every stage; ends with a table of pass@1 before and after RL, and with where to look next."""
+    config = place(config)
+    root = Path(config.out)
+    clock = StageClock(root / "summary.json")
+    before, after = (replace(config.chat_eval, checkpoint=c) for c in (config.sft.out, config.rl.out))
+    with cluster.connect():
+        clock.time("corpus", lambda: write_corpus(config.corpus, root / "corpus" / "stories.jsonl"))
+        clock.time("tokenizer", lambda: train.run(config.tokenizer))
+        clock.time("tokenize", lambda: tokenize.run(config.tokenize))
+        clock.time("pretrain", lambda: fit.run(config.pretrain))
+        clock.time("sft", lambda: fit.run_sft(config.sft))
+        clock.time("chat-eval sft", lambda: evaluate.run(before))
+        clock.time("rl", lambda: rl.run(config.rl))
+        clock.time("chat-eval rl", lambda: evaluate.run(after))
+    scores = {"sft": read_scores(before), "rl": read_scores(after)}
+    clock.write(pass_at_1={name: pass_at_1(score) for name, score in scores.items()})
+    page = report.write_report(root).with_suffix(".html")
+    print(render_end(scores, clock.seconds, config, page))
+
+
+class StageClock:
+    """How long each stage took, kept in `summary.json`; a stage that found its work done keeps its earlier time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.seconds: dict[str, float] = {}
+        if path.exists():
+            known = json.loads(path.read_text(encoding="utf-8")).get("stages", {})
+            self.seconds = {name: stage["seconds"] for name, stage in known.items()}
+
+    def time(self, name: str, stage: Callable[[], object]) -> None:
+        """Run a stage under a heading."""
+        print(f"\n== {name}", flush=True)
+        start_s = time.perf_counter()
+        stage()
+        taken_s = time.perf_counter() - start_s
+        self.seconds[name] = round(max(taken_s, self.seconds.get(name, 0.0)), 2)
+        self.write()
+
+    def write(self, **results: object) -> None:
+        """Write what is known by now."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(self._path, {"stages": {name: {"seconds": s} for name, s in self.seconds.items()}, **results})
+
+
+def write_corpus(config: CorpusConfig, path: Path) -> None:
+    """The built-in text as JSON lines, where it is not there yet."""
+    lines = (json.dumps({"text": story(i, config.seed)}) + "\n" for i in range(config.num_documents))
+    text = "".join(lines)
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, text)
+    print(f"corpus: {config.num_documents:,} documents, {len(text):,} bytes: {path}")
+
+
+def read_scores(config: ChatEvalConfig) -> list[dict[str, Any]]:
+    """What a chat evaluation wrote, task by task."""
+    checkpoint = open_checkpoint(config.checkpoint).path
+    out = checkpoint.parent.parent / "chat-eval" / checkpoint.name
+    tasks: list[dict[str, Any]] = json.loads((out / "report.json").read_text(encoding="utf-8"))["tasks"]
+    return tasks
+
+
+def pass_at_1(scores: list[dict[str, Any]]) -> dict[str, float]:
+    """Of the first task: the problems held out."""
+    return {key: scores[0]["pass@1"][key] for key in ("value", "stderr", "num_problems")}
+
+
+def render_end(
+    scores: dict[str, list[dict[str, Any]]], seconds: dict[str, float], config: QuickstartConfig, page: Path
+) -> str:
+    """The table, and where to go from here."""
+    lines = [f"\n{'pass@1 of':<28}{'after SFT':>18}{'after RL':>18}{'greedy after RL':>18}"]
+    for sft, taught in zip(scores["sft"], scores["rl"], strict=True):
+        cells = [f"{s['value']:.1%} +- {s['stderr']:.1%}" for s in (sft["pass@1"], taught["pass@1"], taught["greedy"])]
+        lines.append(f"{sft['task']:<28}" + "".join(f"{cell:>18}" for cell in cells))
+    total_s = sum(seconds.values())
+    lines += [
+        f"\n{len(seconds)} stages in {int(total_s // 60)}m{int(total_s % 60):02d}s. Where to look next:",
+        f"  {page}",
+        f'  rayllm chat --checkpoint={config.rl.out} -p "Tom has 5 apples. He finds 3 more apples. '
+        'How many apples does he have now?"',
+        f"  rayllm serve --checkpoint={config.rl.out}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,263 @@
+"""RL through real actors: rewards go up, weights arrive with their version, and a resumed run is the same run."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+
+from actors import cluster, rl
+from actors.cluster import Placement
+from actors.learner import LearnerGroup
+from actors.rl import ProblemOrder
+from actors.rollout import RolloutPool, RolloutWorker, SampleRequest
+from actors.weights import ObjectStoreChannel, pack, unpack
+from rayllm.config.chat_schema import RLConfig, RolloutConfig, TaskConfig
+from rayllm.config.schema import OptimConfig, SamplingConfig, WorkersConfig
+from rayllm.model.config import GPTConfig
+from rayllm.model.gpt import GPT
+from rayllm.runs.checkpoint import open_checkpoint, save_checkpoint
+from rayllm.runs.run_dir import open_run
+from rayllm.runs.tracking import read_metrics
+from rayllm.text.tokenizer import Tokenizer
+from rayllm.training.rollout_batch import collate_groups
+
+# Ray's workers cannot import test modules: what is defined here travels by value.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+TOKENIZER = Tokenizer.byte_level()
+Recipe = Callable[..., RLConfig]
+
+
+class AsciiTask:
+    """Word problems, but what is right is an answer that begins with an ASCII character: an untrained model's even
+    chance. Problem 13 cannot be judged."""
+
+    name = "ascii"
+
+    def __init__(self, problems: Any) -> None:
+        self._problems = problems
+
+    def __len__(self) -> int:
+        return len(self._problems)
+
+    def conversation(self, example_idx: int) -> Any:
+        return self._problems.conversation(example_idx)
+
+    def evaluate(self, example_idx: int, answer: str) -> float:
+        if example_idx == 13:
+            raise KeyError("the judge has lost this one")
+        return float(answer[:1].isascii() and answer != "")
+
+
+class AsciiWorker(RolloutWorker):
+    def _task(self, config: TaskConfig) -> Any:
+        return AsciiTask(super()._task(config))
+
+
+class AsciiPool(RolloutPool):
+    @staticmethod
+    def actor_class() -> Any:
+        return ray.remote(AsciiWorker)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run directory with an untrained chat model."""
+    config = GPTConfig(
+        sequence_len=256, vocab_size=TOKENIZER.vocab_size, num_layers=2, num_heads=2, num_kv_heads=2, d_model=32
+    )
+    model = GPT(config)
+    model.init_weights(0)
+    run = tmp_path_factory.mktemp("rl") / "sft"
+    save_checkpoint(
+        run / "checkpoints",
+        5,
+        model_state=model.state_dict(),
+        optimizer_state=None,
+        state={"stage": "sft", "model": config.to_dict(), "tokenizer_fingerprint": TOKENIZER.fingerprint},
+        tokenizer=TOKENIZER,
+        keep=1,
+    )
+    return run
+
+
+@pytest.fixture(scope="module")
+def recipe(start: Path) -> Recipe:
+    def build(out: Path, **changes: Any) -> RLConfig:
+        settings: dict[str, Any] = {
+            "checkpoint": str(start),
+            "task": TaskConfig(num_examples=40),
+            "validation": TaskConfig(split="validation", num_examples=12),
+            "num_steps": 14,
+            "prompts_per_step": 4,
+            "num_samples": 8,
+            "max_tokens": 6,
+            "lr_fraction": 1.0,
+            "optim": OptimConfig(warmup_steps=0, weight_decay=0),
+            "rollouts": RolloutConfig(num_actors=2, num_slots=16, device="cpu", timeout_s=120),
+            "learners": WorkersConfig(device="cpu", dtype="float32", placement_timeout_s=120),
+            "eval_every": 7,
+            "save_every": 1,
+            "keep_checkpoints": 20,
+        }
+        return RLConfig(out=str(out), **{**settings, **changes})
+
+    return build
+
+
+def teach(config: RLConfig) -> dict[str, float]:
+    """`rl.run` with the judge of this module."""
+    checkpoint = open_checkpoint(Path(config.out) if Path(config.out, "checkpoints").exists() else config.checkpoint)
+    opened = open_run(config.out, stage="rl", config=config, plan={}, may_change=rl.RESUMABLE_CHANGES)
+    with opened as run_dir, cluster.connect() as ray_cluster:
+        resumes = run_dir.resumed
+        return rl.teach(config, run_dir, checkpoint, ray_cluster, resumes=resumes, pool_class=AsciiPool)
+
+
+def weights(out: Path, step: int) -> dict[str, bytes]:
+    state = load_file(out / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
+    return {name: tensor.numpy().tobytes() for name, tensor in state.items()}
+
+
+def metric(out: Path, key: str) -> list[float]:
+    return [record[key] for record in read_metrics(out / "metrics.jsonl") if key in record]
+
+
+@pytest.fixture(scope="module")
+def taught(recipe: Recipe, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "rl"
+    teach(recipe(out))
+    return out
+
+
+def test_rewards_go_up(taught: Path) -> None:
+    rewards, passed = metric(taught, "train/reward"), metric(taught, "val/pass@1")
+    assert len(rewards) == 14 and len(passed) == 3
+    assert rewards[0] < 0.6 and rewards[-1] > 0.8
+    assert passed[-1] > passed[0] + 0.25
+    assert all(loss != 0 for loss in metric(taught, "train/loss")[:2])
+    for key in ("train/sample_s", "train/learn_s", "train/publish_s", "val/pass@4_stderr", "val/greedy"):
+        assert metric(taught, key), key
+
+
+def test_a_resumed_run_is_the_same_run(taught: Path, recipe: Recipe, tmp_path: Path) -> None:
+    """Killed between any two steps is: there is nothing of it after the last checkpoint."""
+    for killed_after in (1, 9):
+        again = tmp_path / f"killed_{killed_after}"
+        shutil.copytree(taught, again)
+        for step in range(killed_after + 1, 15):
+            shutil.rmtree(again / "checkpoints" / f"step_{step:06d}")
+        teach(recipe(again))
+        assert weights(again, 14) == weights(taught, 14)
+        for key in ("train/reward", "train/loss", "val/pass@1"):
+            assert metric(again, key) == metric(taught, key)
+
+
+def test_two_learners_learn_what_one_does(taught: Path, recipe: Recipe, tmp_path: Path) -> None:
+    config = recipe(tmp_path / "two", rows_per_micro_batch=3)
+    teach(replace(config, learners=replace(config.learners, num_workers=2)))
+    for key in ("train/loss", "train/grad_norm", "train/reward"):
+        assert metric(tmp_path / "two", key)[0] == pytest.approx(metric(taught, key)[0], rel=1e-4), key
+    assert metric(tmp_path / "two", "train/reward")[1] == metric(taught, "train/reward")[1]
+
+
+def test_completions_carry_the_version_that_sampled_them(recipe: Recipe, start: Path, ray_session: None) -> None:
+    config, placement = recipe(Path("unused")), Placement(0, 0, 1)
+    path = str(open_checkpoint(start).path)
+    request = SampleRequest(config.task, (0, 1, 2), 8, SamplingConfig(max_tokens=6))
+    pool = AsciiPool(path, config.rollouts, placement, ObjectStoreChannel())
+    group = LearnerGroup(config, placement, path, resumes=False)
+    try:
+        before = pool.sample(request)
+        group.step(collate_groups(before), 0)
+        version = pool.load(group.source, number=1)
+        after = pool.sample(request)
+    finally:
+        pool.close()
+        group.close()
+    for groups, number in ((before, 0), (after, 1)):
+        for completion in (rollout.completion for g in groups for rollout in g.rollouts):
+            assert completion.weights_versions == ((number, len(completion.token_ids)),)
+    assert version.number == 1 and [g.prompt for g in before] == [g.prompt for g in after]
+    assert [g.rollouts for g in before] != [g.rollouts for g in after]
+
+
+def test_a_worker_samples_by_address_and_marks_what_failed(start: Path) -> None:
+    worker = AsciiWorker(str(open_checkpoint(start).path), RolloutConfig(num_slots=4, device="cpu"))
+    request = SampleRequest(TaskConfig(num_examples=40), (3, 13, 7), 2, SamplingConfig(max_tokens=6, seed=1))
+    groups = worker.sample(request)
+    shares = [worker.sample(request.share(rank, 2)) for rank in range(2)]
+    assert groups == [shares[0][0], shares[1][0], shares[0][1]]
+    assert [r.reward for r in groups[1].rollouts] == [None, None]
+    assert all(r.reward in (0.0, 1.0) for g in (groups[0], groups[2]) for r in g.rollouts)
+
+
+def test_a_prompt_without_room_is_skipped_and_counted(start: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    worker = RolloutWorker(str(open_checkpoint(start).path), RolloutConfig(num_slots=4, device="cpu"))
+    worker._engine._max_len = 60  # byte tokens: some problems are longer, some are not
+    request = SampleRequest(TaskConfig(), tuple(range(12)), 2, SamplingConfig(max_tokens=3))
+    groups = worker.sample(request)
+    failed = [g for g in groups if all(r.reward is None for r in g.rollouts)]
+    assert failed and all(len(g.prompt.token_ids) >= 60 for g in failed)
+    assert "leaves no room for an answer" in capsys.readouterr().err
+    batch = collate_groups(groups)
+    assert batch.metrics["train/num_dropped_groups"] == len(failed)
+    assert batch.metrics["train/num_failed"] == 2 * len(failed)
+
+
+def test_weights_travel_bit_for_bit_and_damage_is_found() -> None:
+    state = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7).bfloat16(),
+        "c": torch.tensor(2.5),
+        "d": torch.randn(4, 4, dtype=torch.float64).t(),
+    }
+    packet = pack(state, 9)
+    arrived = unpack(packet)
+    assert packet.version.number == 9 and arrived.keys() == state.keys()
+    for name, weight in state.items():
+        assert arrived[name].dtype == weight.dtype and torch.equal(arrived[name], weight)
+    damaged = replace(packet, arrays={**packet.arrays, "a": np.where(packet.arrays["a"] > 0, 0, packet.arrays["a"])})
+    with pytest.raises(ValueError, match="weights version 9 arrived damaged"):
+        unpack(damaged)
+
+
+def test_every_problem_comes_once_an_epoch_wherever_one_starts() -> None:
+    order = ProblemOrder(num_problems=10, per_step=4, seed=3)
+    taken = [i for step in range(5) for i in order.at(step)[0]]
+    assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10)) and taken[:10] != taken[10:]
+    assert ProblemOrder(10, 4, 3).at(4) == order.at(4) and order.at(4)[1] == 1
+    assert [i for step in range(5) for i in ProblemOrder(10, 4, 4).at(step)[0]] != taken
+    with pytest.raises(ValueError, match="no problem"):
+        ProblemOrder(0, 4, 0)
+
+
+def test_bad_input_is_said_before_ray_starts(recipe: Recipe, start: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(start, base)
+    checkpoint = open_checkpoint(base)
+    state = {**checkpoint.state, "stage": "base"}
+    save_checkpoint(
+        base / "checkpoints",
+        6,
+        model_state=checkpoint.load_model_state(),
+        optimizer_state=None,
+        state=state,
+        tokenizer=TOKENIZER,
+        keep=1,
+    )
+    with pytest.raises(ValueError, match="cannot chat yet"):
+        rl.run(recipe(tmp_path / "a", checkpoint=str(base)))
+    with pytest.raises(FileNotFoundError, match="no chat model at"):
+        rl.run(recipe(tmp_path / "a", checkpoint=str(tmp_path / "nothing")))
+    assert not (tmp_path / "a").exists()
