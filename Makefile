@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install test test-slow lint clean
+.PHONY: install quickstart test test-slow lint clean
 
 install: $(INSTALLED)
 
@@ -14,6 +14,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/rayllm quickstart
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -22,6 +24,10 @@ _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+
+
+_API_SERVER = "RAY_API_SERVER_ADDRESS"
+DASHBOARD_PORT = 8265
 
 
 @dataclass(frozen=True)
@@ -135,11 +141,16 @@ def connect() -> Iterator[Cluster]:
         return
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    settings: dict[str, Any] = {}
+    if address == "local":
+        settings["dashboard_port"] = _free_port(DASHBOARD_PORT)
+        # Ray's own processes look for their dashboard: without this they may find another Ray's, or one long gone.
+        os.environ[_API_SERVER] = f"http://127.0.0.1:{settings['dashboard_port']}"
     on_sigterm = signal.getsignal(signal.SIGTERM)
     print(f"ray: {'starting on this machine' if address == 'local' else f'joining {address}'} ...", file=sys.stderr)
     try:
         try:
-            context = ray.init(address=address, logging_level="ERROR")
+            context = ray.init(address=address, logging_level="ERROR", **settings)
         except ray.exceptions.AuthenticationError as error:
             raise ValueError(f"Ray's token is missing or wrong; see RAY_AUTH_TOKEN_PATH ({error})") from error
         if threading.current_thread() is threading.main_thread():
@@ -149,3 +160,14 @@ def connect() -> Iterator[Cluster]:
         yield Cluster(is_own=address == "local")
     finally:
         ray.shutdown()
+        if settings:
+            os.environ.pop(_API_SERVER, None)
+
+
+def _free_port(first: int) -> int:
+    """The first port from `first` on that nothing listens on."""
+    for port in range(first, first + 1000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+    raise ConnectionError(f"no free port from {first} to {first + 999} for Ray's dashboard")

@@ -23,8 +23,8 @@ from tasks.word_problems import story
 
 
 def place(config: QuickstartConfig) -> QuickstartConfig:
-    """The recipe with every stage reading what the one before it wrote, all below `out`."""
-    root = Path(config.out)
+    """The recipe with every stage reading what the one before it wrote, all below `out`, and its seeds."""
+    root, seed = Path(config.out), config.seed
     corpus, tokenizer, shards, base, sft, rl_run = (
         str(root / name) for name in ("corpus/stories.jsonl", "tokenizer", "shards", "base", "sft", "rl")
     )
@@ -32,11 +32,29 @@ def place(config: QuickstartConfig) -> QuickstartConfig:
         config,
         tokenizer=replace(config.tokenizer, out=tokenizer, sources=(corpus,)),
         tokenize=replace(config.tokenize, out=shards, tokenizer=tokenizer, sources=(corpus,)),
+        corpus=replace(config.corpus, seed=config.corpus.seed + seed),
         pretrain=replace(
-            config.pretrain, out=base, data=replace(config.pretrain.data, shards=shards, tokenizer=tokenizer)
+            config.pretrain,
+            out=base,
+            seed=config.pretrain.seed + seed,
+            data=replace(
+                config.pretrain.data, shards=shards, tokenizer=tokenizer, seed=config.pretrain.data.seed + seed
+            ),
         ),
-        sft=replace(config.sft, out=sft, checkpoint=base),
-        rl=replace(config.rl, out=rl_run, checkpoint=sft),
+        sft=replace(
+            config.sft,
+            out=sft,
+            checkpoint=base,
+            seed=config.sft.seed + seed,
+            tasks=tuple(replace(task, seed=task.seed + seed) for task in config.sft.tasks),
+        ),
+        rl=replace(
+            config.rl,
+            out=rl_run,
+            checkpoint=sft,
+            seed=config.rl.seed + seed,
+            task=replace(config.rl.task, seed=config.rl.task.seed + seed),
+        ),
     )
 
 

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from rayllm.config.load import to_yaml
+
 # Set before anything imports Ray or torch: token in a temporary place, no RAY_ADDRESS of the user's, few threads.
 os.environ.pop("RAY_ADDRESS", None)
+# Threads that wait by spinning starve each other where several processes share few cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+HANG_LIMIT_S = 240.0
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -91,3 +103,71 @@ def chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         keep=1,
     )
     return run
+
+
+class Command:
+    """`rayllm STAGE` in a process of its own, whose Ray processes can be found by a mark in their environment."""
+
+    def __init__(self, stage: str, config: Any, folder: Path) -> None:
+        self.mark = uuid.uuid4().hex
+        recipe = folder / f"{self.mark}.yaml"
+        recipe.write_text(to_yaml(config), encoding="utf-8")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "rayllm", stage, str(recipe)],
+            env={**os.environ, "RAYLLM_TEST_MARK": self.mark},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for(self, path: Path) -> None:
+        deadline = time.monotonic() + HANG_LIMIT_S
+        while not path.exists():
+            assert self.process.poll() is None, f"ended early:\n{self.process.communicate()[0]}"
+            assert time.monotonic() < deadline, f"waited {HANG_LIMIT_S} s for {path}"
+            time.sleep(0.01)
+
+    def processes(self, name: str = "") -> list[int]:
+        """Living processes that this command started, those whose title holds `name`."""
+        found = []
+        for folder in Path("/proc").iterdir():
+            try:
+                is_ours = folder.name.isdigit() and self.mark.encode() in (folder / "environ").read_bytes()
+                is_named = is_ours and name.encode() in (folder / "cmdline").read_bytes()
+                if is_named and "\nState:\tZ" not in (folder / "status").read_text():
+                    found.append(int(folder.name))
+            except (FileNotFoundError, ProcessLookupError, PermissionError):
+                continue
+        return found
+
+    def kill(self) -> None:
+        """As if the power had gone: SIGKILL to all of it, the workers first."""
+        for pid in (*self.processes("ray::"), *self.processes()):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait(timeout=HANG_LIMIT_S)
+        self.wait_until_gone()
+
+    def wait_until_gone(self) -> None:
+        deadline = time.monotonic() + 60
+        while left := self.processes():
+            assert time.monotonic() < deadline, f"processes {left} are still there a minute after the command ended"
+            time.sleep(0.2)
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Iterator[Callable[[str, Any], Command]]:
+    """Starts `rayllm STAGE` on a recipe, in a process of its own; nothing of it is left after the test."""
+    started: list[Command] = []
+
+    def start(stage: str, config: Any) -> Command:
+        started.append(Command(stage, config, tmp_path))
+        return started[-1]
+
+    yield start
+    for command in started:
+        for pid in command.processes():
+            os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""The laptop recipes on real text, shortened: tokenizer, tokenize, pretrain, base-eval, sample, one after the other."""
+"""The laptop recipes on real text, shortened: from the tokenizer to the report, each as it stands."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import TypeVar
 
 import pytest
 
-from actors import fit, tokenize
+from actors import evaluate, fit, rl, tokenize
+from rayllm.config.chat_schema import ChatEvalConfig, RLConfig, SFTConfig
 from rayllm.config.load import load_config
 from rayllm.config.schema import BaseEvalConfig, PretrainConfig, SampleConfig, TokenizeConfig, TokenizerConfig
 from rayllm.engine import sample
 from rayllm.evals import base
+from rayllm.runs.report import write_report
 from rayllm.runs.tracking import read_metrics
 from rayllm.text import train
 from rayllm.text.tokenizer import Tokenizer
@@ -54,6 +56,23 @@ def test_real_text_becomes_a_model(
 
     sample.run(laptop(SampleConfig, ["--prompts=One day", "--sampling.max_tokens=8", "--num_samples=2"]))
     assert capsys.readouterr().out.count("One day") >= 2
+
+    fit.run_sft(laptop(SFTConfig, ["--tokens_per_step=2048", "--rows_per_micro_batch=4", "--max_steps=6"]))
+    losses = [r["val/loss"] for r in read_metrics(Path("runs/laptop/sft/metrics.jsonl")) if "val/loss" in r]
+    assert losses[-1] < losses[0] - 0.5, losses
+
+    few = ["--prompts_per_step=2", "--num_samples=4", "--max_tokens=40", "--validation.num_examples=6"]
+    rl.run(laptop(RLConfig, [*few, "--num_steps=2"]))
+    records = read_metrics(Path("runs/laptop/rl/metrics.jsonl"))
+    assert [r["train/num_failed"] for r in records if "train/reward" in r] == [0, 0], "real problems, every one judged"
+    assert [r["step"] for r in records if "val/pass@1" in r] == [0, 2]
+
+    evaluate.run(laptop(ChatEvalConfig, ["--tasks.0.num_examples=8", "--max_tokens=40"]))
+    report = json.loads(Path("runs/laptop/rl/chat-eval/step_000002/report.json").read_text(encoding="utf-8"))
+    assert report["tasks"][0]["task"] == "gsm8k/test" and report["tasks"][0]["num_problems"] == 8
+
+    page = write_report(Path("runs/laptop")).with_suffix(".html").read_text(encoding="utf-8")
+    assert "gsm8k/test" in page and f"{measured['value']:.4f}" in page
 
     Tokenizer.byte_level().save("bytes")
     tokenize.run(laptop(TokenizeConfig, [stories, "--tokenizer=bytes", "--out=byte_shards"]))

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rayllm.config.schema import (
+    NonNegativeInt,
     OptimConfig,
     PositiveFloat,
     PositiveInt,
@@ -246,6 +247,8 @@ class QuickstartConfig:
 
     out: str = "runs/quickstart"
     """Folder of the stages' run directories."""
+    seed: NonNegativeInt = 0
+    """Added to every seed of every stage but those of the problems held out."""
     corpus: CorpusConfig = CorpusConfig()
     """The built-in text."""
     tokenizer: TokenizerConfig = TokenizerConfig()

@@ -5,11 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,83 +73,16 @@ def test_a_finished_run_is_not_run_again(uninterrupted, capsys: pytest.CaptureFi
     assert weights(out) == before and len(read_metrics(out / "metrics.jsonl")) == num_records
 
 
-class Command:
-    """`rayllm pretrain` in a process of its own, whose Ray processes can be found by a mark in their environment."""
-
-    def __init__(self, config: PretrainConfig, folder: Path) -> None:
-        self.mark = uuid.uuid4().hex
-        recipe = folder / "recipe.yaml"
-        recipe.write_text(to_yaml(config), encoding="utf-8")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "rayllm", "pretrain", str(recipe)],
-            env={**os.environ, "RAYLLM_TEST_MARK": self.mark},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-
-    def wait_for(self, path: Path) -> None:
-        deadline = time.monotonic() + HANG_LIMIT_S
-        while not path.exists():
-            assert self.process.poll() is None, f"ended early:\n{self.process.communicate()[0]}"
-            assert time.monotonic() < deadline, f"waited {HANG_LIMIT_S} s for {path}"
-            time.sleep(0.01)
-
-    def processes(self, name: str = "") -> list[int]:
-        """Living processes that this command started, those whose title holds `name`."""
-        found = []
-        for folder in Path("/proc").iterdir():
-            try:
-                is_ours = folder.name.isdigit() and self.mark.encode() in (folder / "environ").read_bytes()
-                is_named = is_ours and name.encode() in (folder / "cmdline").read_bytes()
-                if is_named and "\nState:\tZ" not in (folder / "status").read_text():
-                    found.append(int(folder.name))
-            except (FileNotFoundError, ProcessLookupError, PermissionError):
-                continue
-        return found
-
-    def kill(self) -> None:
-        """As if the power had gone: SIGKILL to all of it, the training workers first."""
-        for pid in (*self.processes("RayTrainWorker"), *self.processes()):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        self.process.wait(timeout=HANG_LIMIT_S)
-        self.wait_until_gone()
-
-    def wait_until_gone(self) -> None:
-        deadline = time.monotonic() + 60
-        while left := self.processes():
-            assert time.monotonic() < deadline, f"processes {left} are still there a minute after the command ended"
-            time.sleep(0.2)
-
-
-@pytest.fixture
-def commands(tmp_path: Path) -> Iterator[Callable[[PretrainConfig], Command]]:
-    started: list[Command] = []
-
-    def start(config: PretrainConfig) -> Command:
-        started.append(Command(config, tmp_path))
-        return started[-1]
-
-    yield start
-    for command in started:
-        for pid in command.processes():
-            os.kill(pid, signal.SIGKILL)
-
-
 def test_a_killed_run_ends_with_the_same_weights(uninterrupted, tiny_recipe: Recipe, commands, tmp_path: Path) -> None:
     """SIGKILL at an unknown moment after the first checkpoint; the same command again ends bit for bit alike."""
     _, expected = uninterrupted
     config = tiny_recipe(tmp_path / "killed")
-    first = commands(config)
+    first = commands("pretrain", config)
     first.wait_for(tmp_path / "killed" / "checkpoints" / "step_000004")
     first.kill()
     assert open_checkpoint(tmp_path / "killed").step < 20, "it was killed before its end"
 
-    again = commands(config)
+    again = commands("pretrain", config)
     output, _ = again.process.communicate(timeout=HANG_LIMIT_S)
     assert again.process.returncode == 0, output
     assert "resuming" in output
@@ -162,7 +91,7 @@ def test_a_killed_run_ends_with_the_same_weights(uninterrupted, tiny_recipe: Rec
 
 
 def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tiny_recipe: Recipe, commands, tmp_path: Path) -> None:
-    command = commands(tiny_recipe(tmp_path / "run", num_steps=100_000))
+    command = commands("pretrain", tiny_recipe(tmp_path / "run", num_steps=100_000))
     command.wait_for(tmp_path / "run" / "checkpoints" / "step_000008")
     command.process.send_signal(signal.SIGINT)
     output, _ = command.process.communicate(timeout=HANG_LIMIT_S)
@@ -176,7 +105,7 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tiny_recipe: Recipe, comm
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced(uninterrupted, tiny_recipe: Recipe, commands, tmp_path: Path) -> None:
     _, expected = uninterrupted
-    command = commands(tiny_recipe(tmp_path / "run"))
+    command = commands("pretrain", tiny_recipe(tmp_path / "run"))
     command.wait_for(tmp_path / "run" / "checkpoints" / "step_000004")
     for pid in command.processes("RayTrainWorker"):
         os.kill(pid, signal.SIGKILL)

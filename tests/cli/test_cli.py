@@ -186,7 +186,7 @@ def test_import_nanochat_takes_its_source_first(capsys: pytest.CaptureFixture[st
         (
             ["pretrian"],
             "rayllm: error: 'pretrian' is no stage; did you mean pretrain? the stages are tokenizer, tokenize, "
-            "pretrain, sample, base-eval, import-nanochat",
+            "pretrain, sample, base-eval, sft, rl, chat-eval, chat, serve, report, quickstart, import-nanochat",
         ),
         (
             ["sample", "a", "b"],

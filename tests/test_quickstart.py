@@ -1,0 +1,116 @@
+"""The quickstart recipe, smaller, through real actors and the real broadcast: RL teaches, and what it teaches comes
+from the rewards and by the broadcast."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from actors import cluster, quickstart, rl
+from actors.rollout import RolloutPool, SampleRequest
+from rayllm.config.chat_schema import QuickstartConfig, RLConfig
+from rayllm.config.load import load_config
+from rayllm.runs.checkpoint import open_checkpoint
+from rayllm.runs.run_dir import open_run
+from rayllm.runs.tracking import read_metrics
+from rayllm.types import RolloutGroup, WeightsVersion
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+SMALLER = ("--pretrain.horizon.value=110", "--rl.num_steps=24", "--rl.eval_every=null", "--rl.save_every=null")
+
+
+@pytest.fixture(scope="module")
+def small(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> QuickstartConfig:
+    """The recipe after its run."""
+    out = tmp_path_factory.mktemp("life") / "quickstart"
+    config = load_config(QuickstartConfig, "quickstart", [f"--out={out}", *SMALLER])
+    quickstart.run(config)
+    return quickstart.place(config)
+
+
+def validations(out: str) -> list[tuple[float, float]]:
+    records = read_metrics(Path(out) / "metrics.jsonl")
+    return [(r["val/pass@1"], r["val/pass@1_stderr"]) for r in records if "val/pass@1" in r]
+
+
+def test_rl_gains_ten_points(small: QuickstartConfig) -> None:
+    summary = json.loads((Path(small.out) / "summary.json").read_text(encoding="utf-8"))
+    before, after = (summary["pass_at_1"][name] for name in ("sft", "rl"))
+    gain, error = after["value"] - before["value"], math.hypot(before["stderr"], after["stderr"])
+    assert before["num_problems"] == after["num_problems"] == 256
+    assert gain >= 0.10 and gain - 1.96 * error > 0.05, summary
+    assert set(summary["stages"]) >= {"tokenizer", "tokenize", "pretrain", "sft", "rl"}
+    assert (Path(small.out) / "report.html").exists()
+
+
+def teach(config: RLConfig, out: Path, **ports: Any) -> list[tuple[float, float]]:
+    """RL from the same chat model with another pool or channel; returns its validations."""
+    config = replace(config, out=str(out))
+    with open_run(out, stage="rl", config=config, plan={}) as run_dir, cluster.connect() as ray_cluster:
+        rl.teach(config, run_dir, open_checkpoint(config.checkpoint), ray_cluster, resumes=False, **ports)
+    return validations(str(out))
+
+
+class SilentChannel:
+    """Brings no weights to anyone."""
+
+    def broadcast(self, source: Any, number: int, receivers: Sequence[Any], timeout_s: float) -> WeightsVersion:
+        return WeightsVersion(number, "none")
+
+
+def test_without_the_broadcast_there_is_no_gain(small: QuickstartConfig, tmp_path: Path) -> None:
+    first, last = teach(replace(small.rl, num_steps=8), tmp_path / "silent", channel=SilentChannel())
+    assert last == first == validations(small.rl.out)[0]
+
+
+class ShuffledPool(RolloutPool):
+    """Gives the rewards of a step to other answers of the step."""
+
+    def sample(self, request: SampleRequest) -> list[RolloutGroup]:
+        groups = super().sample(request)
+        if request.task.split != "train":
+            return groups
+        rewards = [rollout.reward for group in groups for rollout in group.rollouts]
+        random.Random(request.example_ids[0]).shuffle(rewards)
+        drawn = iter(rewards)
+        return [
+            replace(group, rollouts=tuple(replace(rollout, reward=next(drawn)) for rollout in group.rollouts))
+            for group in groups
+        ]
+
+
+def test_with_shuffled_rewards_there_is_no_gain(small: QuickstartConfig, tmp_path: Path) -> None:
+    first, last = teach(small.rl, tmp_path / "shuffled", pool_class=ShuffledPool)
+    assert last[0] - first[0] < 0.05, (first, last)
+
+
+def test_killed_at_any_step_it_ends_with_the_same_weights(
+    small: QuickstartConfig, commands: Callable[[str, Any], Any], tmp_path: Path
+) -> None:
+    """SIGKILL to everything at some moment after the second checkpoint; the same command goes on."""
+    held_out = replace(small.rl.validation, num_examples=16)
+    config = replace(small.rl, num_steps=6, save_every=1, keep_checkpoints=9, validation=held_out)
+    whole = replace(config, out=str(tmp_path / "whole"))
+    undisturbed = commands("rl", whole)
+    assert undisturbed.process.wait(timeout=240) == 0
+    killed = replace(config, out=str(tmp_path / "killed"))
+    first = commands("rl", killed)
+    first.wait_for(tmp_path / "killed" / "checkpoints" / "step_000002")
+    first.kill()
+    assert 2 <= open_checkpoint(killed.out).step < 6
+    again = commands("rl", killed)
+    output, _ = again.process.communicate(timeout=240)
+    assert again.process.returncode == 0 and "resuming" in output, output
+    states = [load_file(open_checkpoint(c.out).path / "model.safetensors") for c in (whole, killed)]
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert tensor.numpy().tobytes() == states[1][name].numpy().tobytes(), name
