@@ -16,10 +16,11 @@ from ray.exceptions import GetTimeoutError
 from actors.cluster import Placement
 from actors.weights import Packet, pack
 from rayllm.config.chat_schema import RLConfig
+from rayllm.optim.schedule import PolicySchedule
 from rayllm.runs.checkpoint import open_checkpoint
 from rayllm.runtime import build_runtime
 from rayllm.training.loop import Metrics
-from rayllm.training.policy import PolicyLearner, PolicySchedule
+from rayllm.training.policy import PolicyLearner
 from rayllm.training.rollout_batch import TrainBatch
 
 STEP_TIMEOUT_S = 1800.0

@@ -76,6 +76,22 @@ class FinetuneSchedule:
         )
 
 
+@dataclass(frozen=True)
+class PolicySchedule:
+    """For RL: every rate times `lr_fraction`, by default linear to zero; momentum and decay stand still."""
+
+    num_steps: int
+    optim: OptimConfig
+    lr_fraction: float
+
+    def at(self, step: int) -> Rates:
+        return Rates(
+            lr_multiplier=self.lr_fraction * lr_share(step, self.num_steps, self.optim),
+            momentum=FINETUNE_MOMENTUM,
+            weight_decay_share=1.0,
+        )
+
+
 def lr_share(step: int, num_steps: int, optim: OptimConfig) -> float:
     """The learning rate as a share of its peak: linear warm-up, plateau, linear warm-down."""
     if step < optim.warmup_steps:

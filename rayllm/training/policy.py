@@ -7,7 +7,6 @@ same, whatever the length of its completion.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rayllm.config.schema import OptimConfig
 from rayllm.model.gpt import GPT
 from rayllm.optim.groups import build_optimizer
-from rayllm.optim.schedule import Rates, Schedule
+from rayllm.optim.schedule import Schedule
 from rayllm.runs.checkpoint import Checkpoint, save_checkpoint
 from rayllm.runs.load import load_tokenizer, load_weights, model_config
 from rayllm.runtime import Runtime
@@ -30,23 +29,6 @@ def summed_policy_loss(model: torch.nn.Module, batch: PolicyMicroBatch) -> Tenso
     """-sum(logp * A) over the sampled tokens."""
     nll_BT: Tensor = model(batch.inputs_BT, batch.targets_BT, reduction="none")
     return (nll_BT * batch.advantages_B[:, None].to(nll_BT.dtype)).sum()
-
-
-@dataclass(frozen=True)
-class PolicySchedule:
-    """`lr_fraction` of every rate, linear to the recipe's end over the run, after a warm-up; momentum stands still."""
-
-    num_steps: int
-    optim: OptimConfig
-    lr_fraction: float
-
-    def at(self, step: int) -> Rates:
-        start = (1 - self.optim.warmdown_ratio) * self.num_steps
-        progress = max(0.0, step - start) / max(self.num_steps - start, 1.0)
-        share = 1 + (self.optim.final_lr_fraction - 1) * progress
-        if step < self.optim.warmup_steps:
-            share = (step + 1) / self.optim.warmup_steps
-        return Rates(lr_multiplier=self.lr_fraction * share, momentum=0.95, weight_decay_share=1.0)
 
 
 class PolicyLearner:

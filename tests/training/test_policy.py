@@ -12,8 +12,9 @@ import torch.multiprocessing as mp
 from rayllm.config.schema import OptimConfig
 from rayllm.model.config import GPTConfig
 from rayllm.model.gpt import GPT
+from rayllm.optim.schedule import PolicySchedule
 from rayllm.training.accumulate import accumulate_gradient
-from rayllm.training.policy import PolicySchedule, summed_policy_loss
+from rayllm.training.policy import summed_policy_loss
 from rayllm.training.rollout_batch import TrainBatch, collate_groups, micro_batches
 from rayllm.types import Completion, FinishReason, Prompt, Rollout, RolloutGroup
 
