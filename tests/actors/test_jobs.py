@@ -64,9 +64,9 @@ STAGES = (
         "pretrain",
         [
             "--depth=2",
-            "--model={aspect_ratio: 16, head_dim: 16, sequence_len: 64}",
+            "--model={aspect_ratio: 16, head_dim: 16, sequence_len: 256}",
             "--horizon={kind: steps, value: 4}",
-            "--tokens_per_step=256",
+            "--tokens_per_step=512",
             "--rows_per_micro_batch=2",
             "--data={shards: RUNS/shards, tokenizer: RUNS/tokenizer}",
             "--workers={num_workers: 1, device: cpu}",
@@ -83,6 +83,45 @@ STAGES = (
         ["--checkpoint=RUNS/base", "--prompts=One plus one", "--num_samples=1", "--sampling.max_tokens=4"],
         prints="One plus one",
     ),
+    Stage(
+        "sft",
+        [
+            "--checkpoint=RUNS/base",
+            "--tasks=[{name: word_problems, num_examples: 16}]",
+            "--validation=[{name: word_problems, num_examples: 4}]",
+            "--tokens_per_step=512",
+            "--rows_per_micro_batch=2",
+            "--max_steps=2",
+            "--workers={num_workers: 1, device: cpu}",
+            "--out=RUNS/sft",
+        ],
+        writes="sft/checkpoints/step_000002/checkpoint.json",
+        prints="nats per assistant token",
+    ),
+    Stage(
+        "rl",
+        [
+            "--checkpoint=RUNS/sft",
+            "--validation={num_examples: 4}",
+            "--num_steps=1",
+            "--prompts_per_step=2",
+            "--num_samples=2",
+            "--max_tokens=8",
+            "--rollouts={device: cpu}",
+            "--learners={device: cpu}",
+            "--out=RUNS/rl",
+        ],
+        writes="rl/checkpoints/step_000001/checkpoint.json",
+        prints="validation pass@1",
+    ),
+    Stage(
+        "chat-eval",
+        ["--checkpoint=RUNS/rl", "--tasks=[{num_examples: 4}]", "--max_tokens=8", "--rollouts={device: cpu}"],
+        writes="rl/chat-eval/step_000001/report.json",
+        prints="word_problems/test",
+    ),
+    Stage("chat", ["--checkpoint=RUNS/rl", "--prompt=One plus one", "--sampling.max_tokens=4"]),
+    Stage("report", ["RUNS"], writes="report.html"),
 )
 
 
