@@ -21,6 +21,9 @@ from rayllm.config.load import to_yaml
 os.environ.pop("RAY_ADDRESS", None)
 # Threads that wait by spinning starve each other where several processes share few cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Tests that run in the background ignore Ctrl-C, and what they start would, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HANG_LIMIT_S = 240.0
 
@@ -119,8 +122,6 @@ class Command:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
-            # Tests that run in the background ignore Ctrl-C, and what they start would, too.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def wait_for(self, path: Path) -> None:
