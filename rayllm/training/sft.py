@@ -72,6 +72,7 @@ class SFTPlan:
     model: GPTConfig
     sequence_len: int
     rows_per_step: int
+    tokens_per_step: int
     rows_per_micro_batch: int
     num_rows: int
     num_conversations: int
@@ -125,6 +126,7 @@ def plan_sft(config: SFTConfig, start: SFTStart, rows: ConversationRows) -> SFTP
         model=start.model,
         sequence_len=start.sequence_len,
         rows_per_step=start.rows_per_step,
+        tokens_per_step=start.rows_per_step * start.sequence_len,
         rows_per_micro_batch=start.rows_per_micro_batch,
         num_rows=len(rows.rows),
         num_conversations=sum(task.num_conversations for task in rows.mixture.tasks),
