@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -13,14 +13,20 @@ from actors.cluster import ActorGroup, place_in_turns
 from actors.rollout import RolloutPool, SampleRequest, load_task
 from actors.weights import ObjectStoreChannel
 from rayllm.config.chat_schema import ChatEvalConfig, TaskConfig
+from rayllm.config.load import to_dict
 from rayllm.config.schema import SamplingConfig
 from rayllm.engine.reply import open_chat_checkpoint
 from rayllm.evals.pass_at_k import Estimate, pass_at_k
 from rayllm.runs.atomic import write_json
+from rayllm.runs.checkpoint import Checkpoint
 from rayllm.runs.load import load_tokenizer
+from rayllm.runs.run_dir import open_run
+from rayllm.runs.tracking import build_tracker, check_sinks
 from rayllm.text.chat import answer_text
+from rayllm.text.tokenizer import Tokenizer
 from rayllm.types import RolloutGroup
 
+MAY_CHANGE = ("rollouts", "tracking")
 NUM_SHOWN = 3
 """Answers of each task that the report shows."""
 
@@ -59,42 +65,55 @@ def evaluate_task(pool: RolloutPool, config: TaskConfig, num_samples: int, max_t
 
 
 def run(config: ChatEvalConfig) -> None:
-    """Print a table and write `report.json`."""
+    """Print a table; write report.json and metrics.jsonl to the report directory."""
     checkpoint = open_chat_checkpoint(config.checkpoint)
+    check_sinks(config.tracking)
+    # Beside the run's checkpoints, one report per step: runs/rl/chat-eval/step_000500.
+    out = Path(config.out) if config.out else checkpoint.path.parent.parent / "chat-eval" / checkpoint.path.name
+    plan = {"checkpoint": str(checkpoint.path), "step": checkpoint.step}
+    with open_run(out, stage="chat-eval", config=config, plan=plan, may_change=MAY_CHANGE) as run_dir:
+        reports = _evaluate(config, checkpoint)
+        content = plan | {
+            "tasks": [to_json(report) for report in reports],
+            "samples": list(_samples(reports, load_tokenizer(checkpoint))),
+        }
+        write_json(run_dir.path / "report.json", content)
+        tracker = build_tracker(run_dir.path, config.tracking, config=to_dict(config), resume_step=None)
+        for report in reports:
+            one = report.pass_at_k[1]
+            tracker.log(
+                checkpoint.step, {f"{report.task}/pass@1": one.value, f"{report.task}/pass@1_stderr": one.stderr}
+            )
+        tracker.close()
+        print(f"chat-eval: {run_dir.path / 'report.json'}")
+
+
+def _evaluate(config: ChatEvalConfig, checkpoint: Checkpoint) -> list[TaskReport]:
+    rollouts, reports = config.rollouts, []
     with cluster.connect() as ray_cluster:
-        rollouts = config.rollouts
         group = ActorGroup(rollouts.num_actors, rollouts.cpus_per_actor, rollouts.device)
         (placement,) = place_in_turns(ray_cluster, [group], rollouts.timeout_s)
         pool = RolloutPool(str(checkpoint.path.resolve()), rollouts, placement, ObjectStoreChannel(), checkpoint.step)
         try:
-            reports = []
             for task in config.tasks:
                 reports.append(evaluate_task(pool, task, config.num_samples, config.max_tokens, config.seed))
                 print(render_report(reports[-1]), flush=True)
         finally:
             pool.close()
-    tokenizer = load_tokenizer(checkpoint)
-    out = Path(config.out) if config.out else checkpoint.path.parent.parent / "chat-eval" / checkpoint.path.name
-    out.mkdir(parents=True, exist_ok=True)
-    samples = [
-        {
-            "task": report.task,
-            "prompt": tokenizer.decode(list(group.prompt.token_ids)),
-            "answer": answer_text(tokenizer, r.completion.token_ids, r.completion.sampled_mask),
-            "reward": r.reward,
-        }
-        for report in reports
-        for group in report.groups[:NUM_SHOWN]
-        for r in group.rollouts[:1]
-    ]
-    content = {
-        "checkpoint": str(checkpoint.path),
-        "step": checkpoint.step,
-        "tasks": [to_json(report) for report in reports],
-        "samples": samples,
-    }
-    write_json(out / "report.json", json.loads(json.dumps(content)))
-    print(f"chat-eval: {out / 'report.json'}")
+    return reports
+
+
+def _samples(reports: Sequence[TaskReport], tokenizer: Tokenizer) -> Iterator[dict[str, object]]:
+    """The first answer to each task's first problems."""
+    for report in reports:
+        for group in report.groups[:NUM_SHOWN]:
+            completion, reward = group.rollouts[0].completion, group.rollouts[0].reward
+            yield {
+                "task": report.task,
+                "prompt": tokenizer.decode(list(group.prompt.token_ids)),
+                "answer": answer_text(tokenizer, completion.token_ids, completion.sampled_mask),
+                "reward": reward,
+            }
 
 
 def render_report(report: TaskReport) -> str:
@@ -112,10 +131,15 @@ def to_json(report: TaskReport) -> dict[str, object]:
     """A task's score as it stands in `report.json`."""
     return {
         "task": report.task,
-        **{f"pass@{k}": asdict(estimate) for k, estimate in report.pass_at_k.items()},
-        "greedy": asdict(report.greedy),
+        **{f"pass@{k}": _estimate(estimate) for k, estimate in report.pass_at_k.items()},
+        "greedy": _estimate(report.greedy),
         "num_problems": report.num_problems,
         "num_samples": report.num_samples,
         "num_failed": report.num_failed,
         "seconds": round(report.seconds, 3),
     }
+
+
+def _estimate(estimate: Estimate) -> dict[str, object]:
+    """null stands for what cannot be told, such as the error of a single problem."""
+    return {key: None if math.isnan(number) else number for key, number in asdict(estimate).items()}
