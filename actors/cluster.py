@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
+from ray.exceptions import GetTimeoutError, RayActorError
 
 # Ray's own settings, unless the user has set them: answers in a quarter of a second, fewer lines of noise, and
 # no word home from a laptop. They are read when Ray's processes start.
@@ -126,6 +127,20 @@ def place_in_turns(ray_cluster: Cluster, groups: Sequence[ActorGroup], timeout_s
     ]
     ray_cluster.wait_for_room(bundles, timeout_s)
     return placements
+
+
+def wait_for(refs: list[Any], timeout_s: float, what: str) -> list[Any]:
+    """The results of actor calls. Raises TimeoutError or ConnectionError (an actor died), saying what for."""
+    try:
+        results: list[Any] = ray.get(refs, timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise TimeoutError(f"waited {timeout_s:g} s for {what}") from error
+    except RayActorError as error:
+        cause = " ".join(str(error).split("\n")[0].split())
+        raise ConnectionError(
+            f"an actor died while {what} was under way ({cause}); the same command goes on from the last checkpoint"
+        ) from error
+    return results
 
 
 @contextmanager

@@ -6,14 +6,12 @@ import datetime
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import ray
 import torch
 import torch.distributed as dist
-from ray.exceptions import GetTimeoutError
 
-from actors.cluster import Placement
+from actors.cluster import Placement, wait_for
 from actors.weights import Packet, pack
 from rayllm.config.chat_schema import RLConfig
 from rayllm.optim.schedule import PolicySchedule
@@ -80,31 +78,29 @@ class LearnerGroup:
         self._actors = [actor.remote(config, rank, placement.num_threads) for rank in range(num_learners)]
         self.source = self._actors[0]
         timeout_s = config.learners.placement_timeout_s
-        address = _get([self.source.find_address.remote()], timeout_s, "the first learner to start")[0]
-        _get([a.start.remote(checkpoint, address, resumes) for a in self._actors], timeout_s, "the learners to start")
+        address = wait_for([self.source.find_address.remote()], timeout_s, "the first learner to start")[0]
+        wait_for(
+            [a.start.remote(checkpoint, address, resumes) for a in self._actors], timeout_s, "the learners to start"
+        )
 
     def step(self, batch: TrainBatch, step: int) -> Metrics:
         """One optimizer step on all learners; the metrics of the whole."""
         shared = ray.put(batch)
-        metrics = _get([a.step.remote(shared, step) for a in self._actors], STEP_TIMEOUT_S, f"learning step {step + 1}")
+        metrics = wait_for(
+            [a.step.remote(shared, step) for a in self._actors], STEP_TIMEOUT_S, f"learning step {step + 1}"
+        )
         return dict(metrics[0])
 
     def save(self, checkpoints_path: Path, step: int, metrics: Mapping[str, float]) -> None:
         """Write a checkpoint."""
-        _get([self.source.save.remote(str(checkpoints_path), step, dict(metrics))], STEP_TIMEOUT_S, "the checkpoint")
+        wait_for(
+            [self.source.save.remote(str(checkpoints_path), step, dict(metrics))], STEP_TIMEOUT_S, "the checkpoint"
+        )
 
     def close(self) -> None:
         """Stop the actors."""
         for actor in self._actors:
             ray.kill(actor)
-
-
-def _get(refs: list[Any], timeout_s: float, waited_for: str) -> list[Any]:
-    try:
-        results: list[Any] = ray.get(refs, timeout=timeout_s)
-    except GetTimeoutError as error:
-        raise TimeoutError(f"waited {timeout_s:g} s for {waited_for}") from error
-    return results
 
 
 LearnerActor = ray.remote(LearnerWorker)

@@ -9,9 +9,8 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import GetTimeoutError
 
-from actors.cluster import Placement
+from actors.cluster import Placement, wait_for
 from actors.weights import Packet, WeightsChannel, unpack
 from rayllm.config.chat_schema import RolloutConfig, TaskConfig
 from rayllm.config.schema import SamplingConfig
@@ -130,13 +129,8 @@ class RolloutPool:
         """One group an example, in their order. Raises TimeoutError after `rollouts.timeout_s`."""
         n = len(self.actors)
         shares = [actor.sample.remote(request.share(rank, n)) for rank, actor in enumerate(self.actors)]
-        try:
-            sampled = ray.get(shares, timeout=self._config.timeout_s)
-        except GetTimeoutError as error:
-            raise TimeoutError(
-                f"{n} rollout actors did not finish {len(request.example_ids)} prompts x {request.num_samples} samples "
-                f"in {self._config.timeout_s:g} s: raise rollouts.timeout_s or sample less"
-            ) from error
+        what = f"sampling {len(request.example_ids)} prompts x {request.num_samples} by {n} rollout actors"
+        sampled = wait_for(shares, self._config.timeout_s, what)
         return [sampled[j % n][j // n] for j in range(len(request.example_ids))]
 
     def load(self, source: Any, number: int) -> WeightsVersion:

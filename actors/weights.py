@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import ray
 import torch
 from torch import Tensor
 
+from actors.cluster import wait_for
 from rayllm.types import WeightsVersion
 
 
@@ -63,12 +63,8 @@ class ObjectStoreChannel:
         packet = source.pack_weights.remote(number)
         # In a list, so that each receiver fetches the packet itself and sees the store's own memory.
         loads = [receiver.load_weights.remote([packet]) for receiver in receivers]
-        try:
-            versions: list[WeightsVersion] = ray.get(loads, timeout=timeout_s)
-        except ray.exceptions.GetTimeoutError as error:
-            raise TimeoutError(
-                f"weights version {number} did not reach all {len(receivers)} rollout actors in {timeout_s:g} s"
-            ) from error
+        what = f"sending weights version {number} to {len(receivers)} rollout actors"
+        versions: list[WeightsVersion] = wait_for(loads, timeout_s, what)
         return versions[0]
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from actors import cluster, rl
-from actors.cluster import Placement
+from actors.cluster import Placement, wait_for
 from actors.learner import LearnerGroup
 from actors.rl import ProblemOrder
 from actors.rollout import RolloutPool, RolloutWorker, SampleRequest
@@ -190,6 +190,21 @@ def test_completions_carry_the_version_that_sampled_them(recipe: Recipe, start: 
             assert completion.weights_versions == ((number, len(completion.token_ids)),)
     assert version.number == 1 and [g.prompt for g in before] == [g.prompt for g in after]
     assert [g.rollouts for g in before] != [g.rollouts for g in after]
+
+
+def test_an_actor_that_dies_is_named_and_nothing_hangs(recipe: Recipe, start: Path, ray_session: None) -> None:
+    config, path = recipe(Path("unused")), str(open_checkpoint(start).path)
+    pool = AsciiPool(path, config.rollouts, Placement(0, 0, 1), ObjectStoreChannel())
+    request = SampleRequest(config.task, (0, 1), 2, SamplingConfig(max_tokens=3))
+    try:
+        pool.sample(request)
+        ray.kill(pool.actors[1])
+        with pytest.raises(ConnectionError, match=r"an actor died while sampling 2 prompts x 2 by 2 rollout actors"):
+            pool.sample(request)
+        with pytest.raises(TimeoutError, match=r"waited 0.001 s for sending weights"):
+            wait_for([pool.actors[0].sample.remote(request)], 0.001, "sending weights")
+    finally:
+        pool.close()
 
 
 def test_a_worker_samples_by_address_and_marks_what_failed(start: Path) -> None:
