@@ -78,9 +78,9 @@ class LearnerGroup:
         self._actors = [actor.remote(config, rank, placement.num_threads) for rank in range(num_learners)]
         self.source = self._actors[0]
         timeout_s = config.learners.placement_timeout_s
-        address = wait_for([self.source.find_address.remote()], timeout_s, "the first learner to start")[0]
+        address = wait_for([self.source.find_address.remote()], timeout_s, "starting the first learner")[0]
         wait_for(
-            [a.start.remote(checkpoint, address, resumes) for a in self._actors], timeout_s, "the learners to start"
+            [a.start.remote(checkpoint, address, resumes) for a in self._actors], timeout_s, "starting the learners"
         )
 
     def step(self, batch: TrainBatch, step: int) -> Metrics:
@@ -94,7 +94,9 @@ class LearnerGroup:
     def save(self, checkpoints_path: Path, step: int, metrics: Mapping[str, float]) -> None:
         """Write a checkpoint."""
         wait_for(
-            [self.source.save.remote(str(checkpoints_path), step, dict(metrics))], STEP_TIMEOUT_S, "the checkpoint"
+            [self.source.save.remote(str(checkpoints_path), step, dict(metrics))],
+            STEP_TIMEOUT_S,
+            "saving the checkpoint",
         )
 
     def close(self) -> None:
