@@ -172,6 +172,7 @@ def _sampling(asked: ChatRequest, defaults: SamplingConfig) -> SamplingConfig:
         defaults,
         temperature=defaults.temperature if asked.temperature is None else asked.temperature,
         top_k=defaults.top_k if asked.top_k is None else asked.top_k or None,
+        top_p=defaults.top_p if asked.top_p is None else asked.top_p,
         max_tokens=max_tokens,
     )
 

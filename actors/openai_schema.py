@@ -67,7 +67,7 @@ class ChatRequest(_Model):
     messages: list[ChatMessage] = Field(min_length=1)
     model: str | None = None
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = None
+    top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0)
     """Beyond OpenAI: draw among the k likeliest tokens; 0: no cut."""
     max_tokens: int | None = Field(None, ge=1)
@@ -79,13 +79,6 @@ class ChatRequest(_Model):
     """Texts before which an answer ends; one may come without a list."""
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-
-    @field_validator("top_p")
-    @classmethod
-    def _only_one(cls, top_p: float | None) -> float | None:
-        if top_p not in (None, 1):
-            raise ValueError("only 1 is supported; use temperature or top_k")
-        return top_p
 
     @field_validator("stop", mode="before")
     @classmethod

@@ -223,6 +223,8 @@ class SamplingConfig:
     """Divides the logits; 0: greedy."""
     top_k: PositiveInt | None = None
     """Draw among the k likeliest tokens; null: no cut."""
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Draw among the likeliest tokens that together have this share (nucleus sampling), after top_k; null: no cut."""
     max_tokens: PositiveInt = 128
     """Tokens to add."""
     seed: int = 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -166,11 +167,11 @@ class Engine:
                 sequence.finish_reason = "failed"
             if sequence.finish_reason is not None:
                 deltas.append(Delta(sequence.seq_id, (), (), sequence.finish_reason))
-        for (temperature, top_k), rows in _by_kind(running).items():
+        for kind, rows in _by_kind(running).items():
             seeds = np.array([running[row].seed for row in rows], dtype=np.uint64)
             t = np.array([len(running[row].token_ids) for row in rows], dtype=np.uint64)
             chosen_BV = logits_BV if len(rows) == len(running) else logits_BV[rows]
-            tokens_B, logprobs_B = sample_tokens(chosen_BV, seeds, t, temperature=temperature, top_k=top_k)
+            tokens_B, logprobs_B = sample_tokens(chosen_BV, seeds, t, **kind._asdict())
             for row, token_id, logprob in zip(rows, tokens_B.tolist(), logprobs_B.tolist(), strict=True):
                 sequence = running[row]
                 token_id = sequence.add(token_id, logprob, self.weights_version)
@@ -178,12 +179,21 @@ class Engine:
         return deltas
 
 
-def _by_kind(running: Sequence[SequenceState]) -> dict[tuple[float, int | None], list[int]]:
-    """Rows to draw for, by temperature and top_k."""
-    rows: dict[tuple[float, int | None], list[int]] = {}
+class _Kind(NamedTuple):
+    """How a token is drawn: rows of one kind are drawn together."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+
+
+def _by_kind(running: Sequence[SequenceState]) -> dict[_Kind, list[int]]:
+    """Rows to draw for."""
+    rows: dict[_Kind, list[int]] = {}
     for row_idx, sequence in enumerate(running):
         if sequence.finish_reason is None:
-            rows.setdefault((sequence.sampling.temperature, sequence.sampling.top_k), []).append(row_idx)
+            sampling = sequence.sampling
+            rows.setdefault(_Kind(sampling.temperature, sampling.top_k, sampling.top_p), []).append(row_idx)
     return rows
 
 

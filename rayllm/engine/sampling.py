@@ -30,7 +30,13 @@ def uniform_draws(seeds: np.ndarray, t: int | np.ndarray) -> np.ndarray:
 
 
 def sample_tokens(
-    logits_BV: Tensor, seeds: np.ndarray, t: int | np.ndarray, *, temperature: float, top_k: int | None
+    logits_BV: Tensor,
+    seeds: np.ndarray,
+    t: int | np.ndarray,
+    *,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Next token of each row and its log-probability under the distribution drawn from; both of shape (B,).
 
@@ -46,6 +52,11 @@ def sample_tokens(
     if top_k is not None and top_k < scaled_BV.size(-1):
         kept = scaled_BV.topk(top_k, dim=-1).indices
         scaled_BV = torch.full_like(scaled_BV, -torch.inf).scatter(1, kept, scaled_BV.gather(1, kept))
+    if top_p is not None and top_p < 1:
+        sorted_BV, order_BV = scaled_BV.sort(dim=-1, descending=True, stable=True)
+        share_BV = sorted_BV.softmax(dim=-1)
+        is_cut_BV = share_BV.cumsum(dim=-1) - share_BV >= top_p  # those before it have the share already
+        scaled_BV = scaled_BV.masked_fill(torch.zeros_like(is_cut_BV).scatter(1, order_BV, is_cut_BV), -torch.inf)
     logprobs_BV = scaled_BV.log_softmax(dim=-1)
     # Inverse CDF in the order of the vocabulary; a draw stays below the total, so that rounding picks no cut token.
     cdf_BV = logprobs_BV.cpu().double().exp().cumsum(dim=-1)

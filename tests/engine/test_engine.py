@@ -60,6 +60,7 @@ def test_requests_of_different_kinds_share_a_batch(model) -> None:
     kinds = [
         SamplingConfig(max_tokens=9, temperature=0),
         SamplingConfig(max_tokens=20, temperature=0.7, top_k=5),
+        SamplingConfig(max_tokens=17, top_p=0.5),
         SamplingConfig(max_tokens=14, seed=3),
     ]
     alone = [build_engine(model).generate([prompt("same")], kind)[0][0] for kind in kinds]

@@ -40,6 +40,19 @@ def test_top_k_and_temperature_give_the_logprob_of_the_cut_distribution() -> Non
     torch.testing.assert_close(logprobs_B[tokens_B == 2], expected[1].expand((tokens_B == 2).sum()))
 
 
+def test_top_p_keeps_the_likeliest_that_have_the_share() -> None:
+    """Probabilities .4 .3 .2 .1: three tokens are the fewest that have 0.75, and one always stays."""
+    logits_BV = torch.tensor([0.3, 0.1, 0.4, 0.2]).log().expand(3000, 4)
+    for top_p, kept in ((0.75, [2, 0, 3]), (0.7, [2, 0]), (0.01, [2]), (1.0, [2, 0, 3, 1])):
+        tokens_B, logprobs_B = sample_tokens(logits_BV, many_seeds(3000), 1, temperature=1.0, top_p=top_p)
+        assert set(tokens_B.tolist()) == set(kept)
+        expected_V = torch.full((4,), -torch.inf)
+        expected_V[kept] = logits_BV[0, kept].log_softmax(0)
+        torch.testing.assert_close(logprobs_B, expected_V[tokens_B])
+    tokens_B, _ = sample_tokens(logits_BV, many_seeds(3000), 1, temperature=1.0, top_k=2, top_p=0.99)
+    assert set(tokens_B.tolist()) == {2, 0}, "top_k cuts first"
+
+
 def test_not_a_number_is_refused() -> None:
     with pytest.raises(ValueError, match="not finite"):
         sample_tokens(torch.tensor([[0.0, float("nan")]]), many_seeds(1), 0, temperature=1.0, top_k=None)
