@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -27,6 +27,7 @@ _ENVIRONMENT = {
 }
 
 
+DeviceT = TypeVar("DeviceT", bound=str)
 _API_SERVER = "RAY_API_SERVER_ADDRESS"
 DASHBOARD_PORT = 8265
 
@@ -87,6 +88,10 @@ class Placement:
     num_cpus: float
     num_gpus: int
     num_threads: int
+
+    def decide(self, device: DeviceT) -> DeviceT | Literal["cuda", "cpu"]:
+        """What an actor computes on where it was left the choice ("auto"): it may see GPUs that are not its."""
+        return device if device != "auto" else "cuda" if self.num_gpus else "cpu"
 
     def options(self) -> dict[str, float]:
         """For `ActorClass.options`."""

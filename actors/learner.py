@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import socket
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import ray
@@ -25,7 +26,7 @@ STEP_TIMEOUT_S = 1800.0
 
 
 class LearnerWorker:
-    """Learner `rank` of the group that meets at `address` (host:port; of learner 0 where that is the only one, any)."""
+    """Learner `rank` of the group; `start` makes it ready."""
 
     def __init__(self, config: RLConfig, rank: int, num_threads: int = 0) -> None:
         if num_threads:
@@ -73,6 +74,8 @@ class LearnerGroup:
     """All learners, stepped as one. `source` is the one whose weights are published."""
 
     def __init__(self, config: RLConfig, placement: Placement, checkpoint: str, resumes: bool) -> None:
+        device = placement.decide(config.learners.device)
+        config = replace(config, learners=replace(config.learners, device=device))
         actor = LearnerActor.options(**placement.options())
         num_learners = config.learners.num_workers
         self._actors = [actor.remote(config, rank, placement.num_threads) for rank in range(num_learners)]

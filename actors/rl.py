@@ -32,7 +32,9 @@ from rayllm.training.loop import Metrics
 from rayllm.training.rollout_batch import collate_groups
 
 # What may differ when a run is resumed: how it is run and watched, not what it computes.
-RESUMABLE_CHANGES = ("learners", "rollouts.timeout_s", "tracking", "eval_every", "save_every", "keep_checkpoints")
+RESUMABLE_CHANGES = (
+    "learners", "rollouts", "rows_per_micro_batch", "tracking", "eval_every", "save_every", "keep_checkpoints",
+)  # fmt: skip
 
 
 def run(config: RLConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -114,6 +114,7 @@ class RolloutPool:
     def __init__(
         self, checkpoint: str, config: RolloutConfig, placement: Placement, channel: WeightsChannel, version: int = 0
     ) -> None:
+        config = replace(config, device=placement.decide(config.device))
         self._config, self._channel = config, channel
         actor = self.actor_class().options(**placement.options())
         self.actors = [
