@@ -18,11 +18,14 @@ from typing import Any, Literal
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
-from actors.engine_loop import EngineBusyError, EngineLoop, GenerationFailedError, Ticket
 from actors.openai_schema import APIError, ChatRequest, Envelope, Piece, Usage, parse_request
 from rayllm.config.schema import SamplingConfig
-from rayllm.engine.reply import AnswerStream, render_reply_prompt
+from rayllm.engine.async_engine import AsyncEngine, EngineBusyError, GenerationFailedError, RequestStream
+from rayllm.engine.reply import render_reply_prompt
+from rayllm.engine.request import Request as EngineRequest
+from rayllm.text.stream import AnswerStream
 from rayllm.text.tokenizer import Tokenizer
 from rayllm.types import Prompt
 
@@ -41,7 +44,7 @@ class ChatModel:
     tokenizer: Tokenizer
     context_len: int
     defaults: SamplingConfig
-    engine: EngineLoop
+    engine: AsyncEngine
 
 
 def build_app(model: ChatModel) -> FastAPI:
@@ -85,8 +88,7 @@ def build_app(model: ChatModel) -> FastAPI:
         envelope = Envelope(model.name)
         if asked.stream:
             with_usage = asked.stream_options is not None and asked.stream_options.include_usage
-            events = _render_events(answers, envelope, with_usage=with_usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            return EventStream(answers, _render_events(answers, envelope, with_usage=with_usage))
         try:
             pieces = [piece async for piece in answers.pieces()]
         except GenerationFailedError as error:
@@ -101,42 +103,45 @@ def build_app(model: ChatModel) -> FastAPI:
 class Answers:
     """The answers to one request while they are written."""
 
-    def __init__(self, ticket: Ticket, tokenizer: Tokenizer, stop: list[str], usage: Usage) -> None:
-        self.usage = usage
-        self.num_answers = len(ticket.seq_ids)
-        self._ticket = ticket
-        self._tokenizer = tokenizer
-        self._stop = stop
+    def __init__(self, request: EngineRequest, stream: RequestStream, tokenizer: Tokenizer) -> None:
+        self.usage = Usage(len(request.prompt.token_ids))
+        self.num_answers = request.num_samples
+        self._stream = stream
+        self._texts = [AnswerStream(tokenizer, request.sampling.stop) for _ in range(request.num_samples)]
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Text as it comes, until each answer has ended. Raises GenerationFailedError."""
-        index_of = {seq_id: index for index, seq_id in enumerate(self._ticket.seq_ids)}
-        streams = {seq_id: AnswerStream(self._tokenizer, self._stop) for seq_id in index_of}
-        while streams:
+        async for deltas in self._stream:
             texts: dict[int, str] = {}
             ended: dict[int, Literal["stop", "length"]] = {}
-            for delta in await self._ticket.deltas():
-                stream = streams.get(delta.seq_id)
-                if stream is None or delta.seq_id in ended:
-                    continue  # what came after a stop text
+            for delta in deltas:
+                index, stream = delta.sample_idx, self._texts[delta.sample_idx]
                 self.usage.num_completion_tokens += len(delta.token_ids)
-                text = stream.push(delta.token_ids)
+                texts[index] = texts.get(index, "") + stream.push(delta.token_ids)
                 if delta.finish_reason is not None:
-                    text += stream.finish()
-                    ended[delta.seq_id] = "length" if delta.finish_reason == "length" else "stop"
-                if stream.is_stopped:
-                    self._ticket.cancel(delta.seq_id)
-                    ended[delta.seq_id] = "stop"
-                texts[delta.seq_id] = texts.get(delta.seq_id, "") + text
-            for seq_id, text in texts.items():
-                if text or seq_id in ended:
-                    yield Piece(index_of[seq_id], text, ended.get(seq_id))
-            for seq_id in ended:
-                del streams[seq_id]
+                    texts[index] += stream.finish()
+                    ended[index] = "length" if delta.finish_reason == "length" else "stop"
+            for index, text in texts.items():
+                if text or index in ended:
+                    yield Piece(index, text, ended.get(index))
 
     def close(self) -> None:
         """End what has not ended: its reader is gone."""
-        self._ticket.close()
+        self._stream.close()
+
+
+class EventStream(StreamingResponse):
+    """Answers as server-sent events; ends them when the reader leaves, be it before the first event."""
+
+    def __init__(self, answers: Answers, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._answers = answers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answers.close()
 
 
 async def _start(model: ChatModel, asked: ChatRequest) -> Answers:
@@ -153,14 +158,15 @@ async def _start(model: ChatModel, asked: ChatRequest) -> Answers:
             render_reply_prompt, model.tokenizer, asked.conversation, sampling, model.context_len
         )
         seed = secrets.randbits(63) if asked.seed is None else asked.seed
-        ticket = await model.engine.submit(Prompt("", tuple(token_ids)), sampling, num_samples=num_answers, seed=seed)
+        request = EngineRequest(Prompt("", tuple(token_ids)), sampling, num_answers, seed)
+        stream = await model.engine.submit(request)
     except ValueError as error:
         raise APIError(400, str(error), param="messages") from error
     except EngineBusyError as error:
         raise APIError(503, f"too many requests: {error}; try again later", code="overloaded") from error
     except GenerationFailedError as error:
         raise _generation_failed(error) from error
-    return Answers(ticket, model.tokenizer, asked.stop or [], Usage(len(token_ids)))
+    return Answers(request, stream, model.tokenizer)
 
 
 def _sampling(asked: ChatRequest, defaults: SamplingConfig) -> SamplingConfig:
@@ -174,6 +180,7 @@ def _sampling(asked: ChatRequest, defaults: SamplingConfig) -> SamplingConfig:
         top_k=defaults.top_k if asked.top_k is None else asked.top_k or None,
         top_p=defaults.top_p if asked.top_p is None else asked.top_p,
         max_tokens=max_tokens,
+        stop=defaults.stop if asked.stop is None else tuple(asked.stop),
     )
 
 
@@ -189,8 +196,6 @@ async def _render_events(answers: Answers, envelope: Envelope, *, with_usage: bo
         yield "data: [DONE]\n\n"
     except GenerationFailedError as error:
         yield _event(_generation_failed(error).body)
-    finally:
-        answers.close()  # the reader may have left
 
 
 def _event(content: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +22,6 @@ from rayllm.runtime import build_runtime
 from rayllm.text.chat import answer_text, render_for_completion
 from rayllm.types import Completion, Prompt, Rollout, RolloutGroup, WeightsVersion
 from tasks.build import build_task
-
-FAILED = Rollout(Completion((), (), (), "failed"), reward=None)
 
 
 @dataclass(frozen=True)
@@ -47,42 +46,34 @@ class RolloutWorker:
             torch.set_num_threads(num_threads)
         runtime = build_runtime(config.device, config.dtype)
         model, self.tokenizer = load(checkpoint, runtime.device, runtime.dtype)
-        self._engine = Engine(
-            model,
+        self.engine = Engine(
+            model.lay_out_for_inference(),
             self.tokenizer,
             num_slots=config.num_slots,
+            num_prompts=config.num_prompts,
             max_len=model.config.sequence_len,
             calculator=calculate,
+            repeats=True,
             weights_version=weights_version,
         )
+        self._drains = config.new_weights == "drain"
         self._tasks: dict[TaskConfig, Any] = {}
         self._told: set[str] = set()
 
     def sample(self, request: SampleRequest) -> list[RolloutGroup]:
         """One group an example, in their order. A prompt that cannot be run gives a group of failed rollouts."""
         task = self._task(request.task)
-        prompts, seq_ids = [], []
-        for example_id in request.example_ids:
-            token_ids = render_for_completion(self.tokenizer, task.conversation(example_id), max_tokens=2**31)
-            prompt = Prompt(f"{request.task.name}/{request.task.split}/{example_id}", tuple(token_ids))
-            prompts.append(prompt)
-            try:
-                seq_ids.append(self._engine.submit(prompt, request.sampling, num_samples=request.num_samples))
-            except ValueError as error:
-                self._tell_once(f"a prompt of {task.name} is skipped", error)
-                seq_ids.append([])
-        while not self._engine.is_idle:
-            self._engine.step()
-        groups = []
-        for example_id, prompt, ids in zip(request.example_ids, prompts, seq_ids, strict=True):
-            rollouts = [self._judge(task, example_id, self._engine.completion(seq_id)) for seq_id in ids]
-            groups.append(RolloutGroup(prompt, tuple(rollouts or [FAILED] * request.num_samples)))
-        return groups
+        prompts = [self._prompt(request.task, task, example_id) for example_id in request.example_ids]
+        sampled = self.engine.generate(prompts, request.sampling, num_samples=request.num_samples)
+        return [
+            RolloutGroup(prompt, tuple(self._judge(task, example_id, completion) for completion in completions))
+            for example_id, prompt, completions in zip(request.example_ids, prompts, sampled, strict=True)
+        ]
 
     def load_weights(self, packets: Sequence[Any]) -> WeightsVersion:
         """Take a published set of weights; returns its version. Raises ValueError when it is damaged or misfits."""
         (packet,) = (p if isinstance(p, Packet) else ray.get(p) for p in packets)
-        self._engine.load(unpack(packet), packet.version.number)
+        self.engine.load(unpack(packet), packet.version.number, drain=self._drains)
         return packet.version
 
     def _task(self, config: TaskConfig) -> Any:
@@ -90,22 +81,28 @@ class RolloutWorker:
             self._tasks[config] = load_task(config)
         return self._tasks[config]
 
+    def _prompt(self, config: TaskConfig, task: Any, example_id: int) -> Prompt:
+        token_ids = render_for_completion(self.tokenizer, task.conversation(example_id), max_tokens=2**31)
+        return Prompt(f"{config.name}/{config.split}/{example_id}", tuple(token_ids))
+
     def _judge(self, task: Any, example_id: int, completion: Completion) -> Rollout:
         if completion.finish_reason not in ("stop", "length"):
+            message = f"{completion.finish_reason}: {completion.error}"
+            self._tell_once(re.sub(r"\d+", "", message), message)  # those that differ in numbers alone are alike
             return Rollout(completion, None)
         text = answer_text(self.tokenizer, completion.token_ids, completion.sampled_mask)
         try:
             return Rollout(completion, float(task.evaluate(example_id, text)))
         except Exception as error:  # noqa: BLE001 - a verdict that fails is no verdict, whatever a task raises
-            self._tell_once(f"{task.name} has no verdict on example {example_id}", error)
+            kind = type(error).__name__
+            self._tell_once(kind, f"{task.name} has no verdict on example {example_id}: {kind}: {error}")
             return Rollout(completion, None)
 
-    def _tell_once(self, what: str, error: Exception) -> None:
+    def _tell_once(self, kind: str, message: str) -> None:
         """One line for each kind of failure; all of them are counted in the step's metrics."""
-        kind = type(error).__name__
         if kind not in self._told:
             self._told.add(kind)
-            print(f"rollout: {what}: {kind}: {error} (told once, counted in num_failed)", file=sys.stderr)
+            print(f"rollout: {message} (told once, counted in num_failed)", file=sys.stderr)
 
 
 class RolloutPool:

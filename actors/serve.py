@@ -26,8 +26,8 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Loggi
 
 from actors import cluster
 from actors.chat_api import ChatModel, build_app
-from actors.engine_loop import EngineLoop
 from rayllm.config.chat_schema import ServeConfig
+from rayllm.engine.async_engine import AsyncEngine
 from rayllm.engine.calculator import calculate
 from rayllm.engine.engine import Engine
 from rayllm.engine.reply import open_chat_checkpoint
@@ -49,14 +49,22 @@ class ChatReplica:
 
     def __init__(self, config: ServeConfig, model_name: str) -> None:
         logging.getLogger("asyncio").addFilter(_is_no_cancellation)
-        runtime = build_runtime(config.device, config.dtype)
+        runtime = build_runtime(config.device, config.dtype, for_inference=True)
         model, tokenizer = load(config.checkpoint, runtime.device, runtime.dtype)
+        model.lay_out_for_inference()
         context_len = model.config.sequence_len
 
         def build_engine() -> Engine:
-            return Engine(model, tokenizer, num_slots=config.num_slots, max_len=context_len, calculator=calculate)
+            return Engine(
+                model,
+                tokenizer,
+                num_slots=config.num_slots,
+                num_prompts=2 * config.num_slots,  # what runs, and conversations that may go on
+                max_len=context_len,
+                calculator=calculate,
+            )
 
-        engine = EngineLoop(build_engine, num_slots=config.num_slots, max_waiting=config.max_waiting)
+        engine = AsyncEngine(build_engine, num_slots=config.num_slots, max_waiting=config.max_waiting)
         self._served = ChatModel(model_name, tokenizer, context_len, config.sampling, engine)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

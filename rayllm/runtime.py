@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -54,18 +58,46 @@ class Runtime:
         return 2 * 1024**3 / best_s
 
 
-def build_runtime(device: str = "auto", dtype: str = "auto", *, rank: int = 0, world_size: int = 1) -> Runtime:
+def build_runtime(
+    device: str = "auto", dtype: str = "auto", *, rank: int = 0, world_size: int = 1, for_inference: bool = False
+) -> Runtime:
     """Resolve "auto" to CUDA, then MPS (one worker), then CPU; bfloat16 on GPUs that have it, else float32.
 
-    Raises ValueError when the named device or dtype is not to be had here.
+    For inference "auto" is bfloat16 also on a CPU that multiplies it faster. Raises ValueError when the named device or
+    dtype is not to be had here.
     """
     chosen = _build_device(device, world_size)
     has_bfloat16 = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "auto":
-        dtype = "bfloat16" if has_bfloat16 else "float32"
+        is_fast = has_bfloat16 or (for_inference and chosen.type == "cpu" and _cpu_prefers_bfloat16())
+        dtype = "bfloat16" if is_fast else "float32"
+    if chosen.type == "cpu":
+        _keep_freed_memory()
     if dtype == "bfloat16" and chosen.type == "cuda" and not has_bfloat16:
         raise ValueError(f"dtype=bfloat16: {torch.cuda.get_device_name(chosen)} has no bfloat16; use float32")
     return Runtime(rank, world_size, chosen, _DTYPES[dtype])
+
+
+@functools.cache
+def _cpu_prefers_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32: with AMX, or AMD's AVX512-BF16 (2.5 times on an EPYC).
+    Intel's AVX512-BF16 alone is half as fast as float32 (measured on Emerald Rapids)."""
+    try:
+        described = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return False
+    flags = set(described.partition("flags")[2].partition("\n")[0].split())
+    return "amx_bf16" in flags or ("AuthenticAMD" in described and "avx512_bf16" in flags)
+
+
+@functools.cache
+def _keep_freed_memory() -> None:
+    """Have the C library keep up to 1 GiB of freed memory instead of giving it back at once: tensors of a megabyte come
+    and go in every layer, and having their pages mapped anew took longer than computing them."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3  # glibc's malloc.h; other C libraries know no such numbers
+        libc.mallopt(trim_threshold, 2**30)
+        libc.mallopt(mmap_threshold, 2**30)
 
 
 def _build_device(device: str, world_size: int) -> torch.device:

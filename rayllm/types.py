@@ -60,6 +60,8 @@ class Completion:
     ``sampled_mask[t]`` is True where the model drew token t and False where a tool wrote it.
     ``logprobs[t]`` is the log-probability under the distribution sampled from (0.0 for tool tokens).
     ``weights_versions`` are runs of (version, num_tokens) that add up to ``len(token_ids)``.
+    ``kept_ids[t]`` are the tokens that top-k or top-p left to draw token t from; None where nothing was cut.
+    ``error`` says why a completion failed.
     """
 
     token_ids: tuple[int, ...]
@@ -67,6 +69,8 @@ class Completion:
     logprobs: tuple[float, ...]
     finish_reason: FinishReason
     weights_versions: tuple[tuple[int, int], ...] = ()
+    kept_ids: tuple[tuple[int, ...], ...] | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,11 @@ class RolloutConfig:
     """Rollout actors."""
     num_slots: PositiveInt = 64
     """Sequences that one actor decodes together."""
+    num_prompts: PositiveInt | None = None
+    """Different prompts that these may come from; each takes memory of its own. null: as many as slots."""
+    new_weights: Literal["recompute", "drain"] = "recompute"
+    """When weights change while sequences run: recompute lets them go on under the new ones, from their tokens so far;
+    drain lets them end under the old ones, and nothing else starts before."""
     cpus_per_actor: PositiveInt | None = None
     """CPU cores of each actor. null: the machine's cores over the actors on CPU, 1 on GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -189,7 +194,7 @@ class ChatConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, then MPS, then CPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on GPUs that have it, else float32."""
+    """auto: bfloat16 on GPUs that have it and CPUs that multiply it faster, else float32."""
 
 
 @frozen
@@ -215,7 +220,7 @@ class ServeConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: a GPU where the cluster has one for each replica, else CPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on GPUs that have it, else float32."""
+    """auto: bfloat16 on GPUs that have it and CPUs that multiply it faster, else float32."""
 
 
 @frozen

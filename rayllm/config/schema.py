@@ -227,6 +227,8 @@ class SamplingConfig:
     """Draw among the likeliest tokens that together have this share (nucleus sampling), after top_k; null: no cut."""
     max_tokens: PositiveInt = 128
     """Tokens to add."""
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Texts that end an answer."""
     seed: int = 0
     """Seed of the draws."""
 
@@ -246,7 +248,7 @@ class SampleConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: CUDA, then MPS, then CPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: bfloat16 on GPUs that have it, else float32."""
+    """auto: bfloat16 on GPUs that have it and CPUs that multiply it faster, else float32."""
 
 
 @frozen

@@ -15,14 +15,16 @@ from rayllm.config.chat_schema import ChatConfig
 from rayllm.config.schema import SamplingConfig
 from rayllm.engine.calculator import calculate
 from rayllm.engine.engine import Engine
-from rayllm.engine.reply import AnswerStream, open_chat_checkpoint, render_reply_prompt
+from rayllm.engine.reply import cut_at_stop, open_chat_checkpoint, render_reply_prompt
+from rayllm.engine.request import Request
 from rayllm.engine.sampling import stable_seed
 from rayllm.model.gpt import GPT
 from rayllm.runs.load import load
 from rayllm.runtime import build_runtime
 from rayllm.text.chat import split_completion
+from rayllm.text.stream import AnswerStream
 from rayllm.text.tokenizer import Tokenizer
-from rayllm.types import Conversation, Message, Prompt
+from rayllm.types import Conversation, Message, Part, Prompt
 
 HELP = """\
 /new   start a new conversation
@@ -36,9 +38,9 @@ def run(config: ChatConfig) -> None:
     Raises ValueError or FileNotFoundError for a checkpoint that is none of a chat model.
     """
     checkpoint = open_chat_checkpoint(config.checkpoint)
-    runtime = build_runtime(config.device, config.dtype)
+    runtime = build_runtime(config.device, config.dtype, for_inference=True)
     model, tokenizer = load(checkpoint.path, runtime.device, runtime.dtype)
-    chat = Chat(model, tokenizer, config.sampling)
+    chat = Chat(model.lay_out_for_inference(), tokenizer, config.sampling)
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="replace")  # whatever comes, no character ends the program
@@ -55,7 +57,10 @@ class Chat:
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._context_len = model.config.sequence_len
-        self._engine = Engine(model, tokenizer, num_slots=1, max_len=self._context_len, calculator=calculate)
+        # Two prompts: the one that is answered, and the conversation so far, from which the next one starts.
+        self._engine = Engine(
+            model, tokenizer, num_slots=1, num_prompts=2, max_len=self._context_len, calculator=calculate
+        )
         self._messages: tuple[Message, ...] = ()
 
     @property
@@ -75,21 +80,33 @@ class Chat:
         messages = (*self._messages, Message("user", text))
         ids, sampling = render_reply_prompt(self._tokenizer, Conversation(messages), self._sampling, self._context_len)
         seed = stable_seed(sampling.seed, len(messages))
-        (seq_id,) = self._engine.submit(Prompt("", tuple(ids)), sampling, seed=seed)
-        stream = AnswerStream(self._tokenizer)
-        while not self._engine.is_idle:
-            if should_stop():
-                self._engine.cancel(seq_id)
-            for delta in self._engine.step():
-                if piece := stream.push(delta.token_ids):
-                    yield piece
+        handle = self._engine.submit(Request(Prompt("", tuple(ids)), sampling, seed=seed))
+        stream = AnswerStream(self._tokenizer, sampling.stop)
+        try:
+            while not self._engine.is_idle:
+                if should_stop():
+                    handle.cancel()
+                for delta in self._engine.step():
+                    if delta.handle is handle and (piece := stream.push(delta.token_ids)):
+                        yield piece
+        finally:
+            handle.cancel()  # the reader may have left
         if piece := stream.finish():
             yield piece
-        completion = self._engine.completion(seq_id)
+        (completion,) = handle.completions()
         if completion.finish_reason == "failed":
-            raise ValueError("the model's output is not a number: its weights are damaged or diverged")
+            raise ValueError(completion.error)
         parts = split_completion(self._tokenizer, completion.token_ids, completion.sampled_mask)
-        self._messages = (*messages, Message("assistant", parts))
+        self._messages = (*messages, Message("assistant", _cut_at_stop(parts, sampling.stop)))
+
+
+def _cut_at_stop(parts: tuple[Part, ...], stop: tuple[str, ...]) -> tuple[Part, ...]:
+    """As it was shown: without the stop text, which is what an answer ends with."""
+    *before, last = parts or (Part("text", ""),)
+    if last.type != "text":
+        return parts
+    text = cut_at_stop(last.text, stop)
+    return (*before, Part("text", text)) if text else tuple(before)
 
 
 def converse(chat: Chat) -> None:

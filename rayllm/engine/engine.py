@@ -1,45 +1,48 @@
 """The engine: prompts in, completions out, for RL, evaluation, chat and serving alike.
 
-A prompt is prefilled once for all its samples; sequences decode together in the rows of one cache, and a row that
-ends goes to the next that waits. When a sequence closes a python block, the calculator runs and its output enters
-the sequence in place of what would be sampled. The draw for token t is a function of (seed, t) alone, so a sequence
-comes out the same whatever runs beside it, up to floating-point ties.
+Each step computes the prompts that are new, draws a token for every sequence that is ready for one, and runs these
+through the model together. A row that ends goes to the next that waits. When a sequence closes a python block, the call
+runs beside the loop, and its output enters the sequence in one short chunk. The draw for token t is a function of
+(seed, t) alone, so a sequence comes out the same whatever runs beside it, up to floating-point ties (`sampling`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from rayllm.config.schema import SamplingConfig
-from rayllm.engine.runner import ModelRunner, Prefilled
-from rayllm.engine.sampling import sample_tokens, stable_seed
+from rayllm.engine.prefixes import PrefixTable
+from rayllm.engine.request import Delta, Handle, Request
+from rayllm.engine.runner import ModelRunner
+from rayllm.engine.sampling import Draws, draw_tokens, stable_seed
 from rayllm.engine.scheduler import Scheduler
 from rayllm.engine.sequence import Dialect, SequenceState
+from rayllm.engine.tools import ToolCall, ToolRunner
 from rayllm.model.gpt import GPT
+from rayllm.text.stream import AnswerStream
 from rayllm.text.tokenizer import Tokenizer
-from rayllm.types import Calculator, Completion, FinishReason, Prompt
+from rayllm.types import Calculator, Completion, Prompt
 
-
-@dataclass(frozen=True)
-class Delta:
-    """What one step added to a sequence: a token, or only an end."""
-
-    seq_id: int
-    token_ids: tuple[int, ...]
-    sampled: tuple[bool, ...]
-    finish_reason: FinishReason | None
+CHUNK_LEN = 512
+"""Most tokens of one prompt in a step: what others, who decode, wait for."""
+ROW_CHUNK_LEN = 64
+"""Most tokens of one sequence's own in a step: tool output is short, and room for it is kept in every window."""
+TOKEN_BUDGET = 4096
+"""Most tokens of all prompts in a step."""
 
 
 class Engine:
-    """Driven by one thread: `submit`, then `step` until the sequence's delta has a finish reason.
+    """Driven by one thread: `submit`, then `step` until the handle is done.
 
-    `max_len` bounds a prompt and its completion together. Greedy where `sampling.temperature` is 0.
+    `num_slots` sequences decode together, from at most `num_prompts` (None: as many) different prompts.
+    `max_len` bounds a prompt and its completion together. A call of the calculator may take `tool_timeout_s`.
+    `repeats` makes what a batch gives depend on the batch alone, down to the last bit: tool output joins one step after
+    its call, and nothing is kept of prompts once the engine is idle. Without it a call's output joins when it is there,
+    and a prompt that goes on from an earlier one starts where that ended.
     """
 
     def __init__(
@@ -49,134 +52,193 @@ class Engine:
         *,
         num_slots: int,
         max_len: int,
+        num_prompts: int | None = None,
         calculator: Calculator | None = None,
+        tool_timeout_s: float = 5.0,
+        repeats: bool = False,
         weights_version: int = 0,
+        chunk_len: int = CHUNK_LEN,
+        row_chunk_len: int = ROW_CHUNK_LEN,
+        token_budget: int = TOKEN_BUDGET,
     ) -> None:
         self.weights_version = weights_version
+        self._tokenizer = tokenizer
         self._vocab_size = model.config.vocab_size
         self._max_len = max_len
-        self._dialect = Dialect.of(tokenizer, calculator)
-        self._runner = ModelRunner(model, num_slots, max_len)
-        self._scheduler = Scheduler(num_slots)
-        self._sequences: dict[int, SequenceState] = {}
-        self._last_prefilled: tuple[Prompt, Prefilled] | None = None
-        self._num_submitted = 0
+        self._repeats = repeats
+        self._dialect = Dialect.of(tokenizer)
+        num_prompts = num_prompts or num_slots
+        self._runner = ModelRunner(
+            model,
+            num_slots=num_slots,
+            num_prompts=num_prompts,
+            max_len=max_len,
+            chunk_len=chunk_len,
+            row_chunk_len=row_chunk_len,
+        )
+        self._scheduler = Scheduler(
+            num_slots,
+            PrefixTable(num_prompts),
+            token_budget=token_budget,
+            chunk_len=chunk_len,
+            row_chunk_len=row_chunk_len,
+            prompt_cut=self._runner.prompts.shortest_cut,
+            row_cut=self._runner.rows.shortest_cut,
+        )
+        self._tools = None if calculator is None else ToolRunner(calculator, tokenizer, tool_timeout_s)
+        self._calling: list[tuple[SequenceState, ToolCall]] = []
+        self._step_idx = 0
+        self._new_weights: tuple[Mapping[str, Tensor], int] | None = None
 
     @property
     def is_idle(self) -> bool:
         return self._scheduler.is_idle
 
-    def submit(
-        self, prompt: Prompt, sampling: SamplingConfig, *, num_samples: int = 1, seed: int | None = None
-    ) -> list[int]:
-        """Queue `num_samples` completions of a prompt; returns their sequence ids.
-
-        Sample i is drawn from the seed hashed from (`seed`, or `sampling.seed`; prompt_id; i). Raises ValueError for an
-        empty prompt, one that leaves no room in `max_len`, or a token outside the vocabulary.
-        """
-        self._check(prompt)
-        max_tokens = min(sampling.max_tokens, self._max_len - len(prompt.token_ids))
-        run_seed = sampling.seed if seed is None else seed
-        sequences = [
+    def submit(self, request: Request) -> Handle:
+        """Queue a request. Raises ValueError where it cannot be run; others are not touched."""
+        request.check(self._vocab_size, self._max_len)
+        prompt, sampling = request.prompt, request.sampling
+        run_seed = sampling.seed if request.seed is None else request.seed
+        handle = Handle(request)
+        handle.sequences = [
             SequenceState(
-                seq_id=self._num_submitted + i,
-                prompt=prompt,
+                handle=handle,
+                prompt_ids=prompt.token_ids,
+                sample_idx=i,
                 sampling=sampling,
                 seed=stable_seed(run_seed, prompt.prompt_id, i),
-                max_tokens=max_tokens,
+                max_tokens=min(sampling.max_tokens, self._max_len - len(prompt.token_ids)),
                 dialect=self._dialect,
+                answer=AnswerStream(self._tokenizer, sampling.stop) if sampling.stop else None,
             )
-            for i in range(num_samples)
+            for i in range(request.num_samples)
         ]
-        self._num_submitted += num_samples
-        self._sequences |= {s.seq_id: s for s in sequences}
-        self._scheduler.submit(sequences)
-        return [s.seq_id for s in sequences]
+        self._scheduler.submit(handle.sequences)
+        return handle
 
     def step(self) -> list[Delta]:
-        """Admit what there is room for, give each running sequence one token, and tell what was added."""
-        for row_idx, sequence in self._scheduler.admit():
-            self._runner.place(self._prefill(sequence.prompt), row_idx)
-        deltas = self._draw()
-        for row_idx, from_idx in self._scheduler.remove_finished():
-            self._runner.free(row_idx, from_idx)
-        if self._scheduler.running:
-            self._runner.decode([s.token_ids[-1] for s in self._scheduler.running])
+        """Give each sequence that is ready for it one token; returns what was added. Waits for a tool only where there
+        is nothing else to do, and no longer than its time limit."""
+        self._step_idx += 1
+        deltas = [_end(sequence) for sequence in self._scheduler.cancelled()]
+        self._remove_finished()
+        self._join_tool_output(deltas)
+        work = self._scheduler.plan()
+        self._runner.prepare(work.clears, work.copies)
+        self._runner.run(work.chunks)
+        if self._new_weights is None:
+            self._runner.start(self._scheduler.admit())
+        self._draw(deltas)
+        self._remove_finished()
+        if any(sequence.num_due for sequence in self._scheduler.running):
+            self._runner.decode(self._scheduler.running)
+        elif self._new_weights is not None and not self._scheduler.running:
+            self._take_weights(*self._new_weights)
+        elif self._tools is not None and self._calling and not deltas and not work.chunks:
+            self._tools.wait(self._calling[0][1])
+        if self._repeats and self.is_idle:
+            self._scheduler.prefixes.clear()
         return deltas
-
-    def cancel(self, seq_id: int) -> None:
-        """End a sequence where it stands; its place is free from the next step on."""
-        sequence = self._sequences[seq_id]
-        if sequence.finish_reason is None:
-            sequence.finish_reason = "cancelled"
-            if sequence in self._scheduler.waiting:
-                self._scheduler.waiting.remove(sequence)
-
-    def completion(self, seq_id: int) -> Completion:
-        """Take a finished sequence out."""
-        return self._sequences.pop(seq_id).completion()
 
     def generate(
         self, prompts: Iterable[Prompt], sampling: SamplingConfig, *, num_samples: int = 1
     ) -> list[list[Completion]]:
-        """`num_samples` completions of each prompt, in the order of the prompts."""
-        seq_ids = [self.submit(prompt, sampling, num_samples=num_samples) for prompt in prompts]
+        """`num_samples` completions of each prompt, in the order of the prompts.
+
+        Those of a prompt that cannot be run have failed, with the reason as their error.
+        """
+        handles: list[Handle | str] = []
+        for prompt in prompts:
+            try:
+                handles.append(self.submit(Request(prompt, sampling, num_samples)))
+            except ValueError as error:
+                handles.append(str(error))
         while not self.is_idle:
             self.step()
-        return [[self.completion(seq_id) for seq_id in group] for group in seq_ids]
+        return [
+            [Completion((), (), (), "failed", error=h)] * num_samples if isinstance(h, str) else h.completions()
+            for h in handles
+        ]
 
-    def load(self, state: Mapping[str, Tensor], version: int) -> None:
-        """Replace the weights; nothing may be under way. Raises ValueError when they are of another model."""
-        assert self.is_idle, "weights change between sequences"
-        own = self._runner.model.state_dict()
-        wrong = sorted(n for n in own.keys() | state.keys() if _shape(own.get(n)) != _shape(state.get(n)))
-        if wrong:
-            raise ValueError(f"weights of another model: {len(wrong)} tensors differ, e.g. {', '.join(wrong[:3])}")
-        with torch.no_grad():
-            for name, weight in own.items():
-                weight.copy_(state[name])
-        self._last_prefilled = None
-        self.weights_version = version
+    def load(self, state: Mapping[str, Tensor], version: int, *, drain: bool = False) -> None:
+        """Replace the weights. What runs goes on under the new ones, from its tokens so far, computed anew; or, with
+        `drain`, it ends under the old ones, and nothing else starts before.
 
-    def _check(self, prompt: Prompt) -> None:
-        token_ids, where = prompt.token_ids, f"prompt {prompt.prompt_id!r}" if prompt.prompt_id else "the prompt"
-        if not token_ids:
-            raise ValueError(f"{where} is empty: give at least one token (the bos token starts a text)")
-        if len(token_ids) >= self._max_len:
-            raise ValueError(
-                f"{where} has {len(token_ids)} tokens and leaves no room for an answer: at most {self._max_len - 1} fit"
-            )
-        outside = [token for token in token_ids if not 0 <= token < self._vocab_size]
-        if outside:
-            raise ValueError(f"{where}: token {outside[0]} is outside the vocabulary of {self._vocab_size}")
+        Raises ValueError, and changes nothing, where the weights are of another model.
+        """
+        self._runner.check_weights(state)
+        if drain and self._scheduler.running:
+            self._new_weights = (state, version)
+        else:
+            self._take_weights(state, version)
 
-    def _prefill(self, prompt: Prompt) -> Prefilled:
-        """Run a prompt, or what is kept of it: the samples of a prompt are admitted one after the other."""
-        if self._last_prefilled is None or self._last_prefilled[0] is not prompt:
-            self._last_prefilled = (prompt, self._runner.prefill(prompt.token_ids))
-        return self._last_prefilled[1]
+    def _take_weights(self, state: Mapping[str, Tensor], version: int) -> None:
+        self._runner.scrub(range(len(self._scheduler.running)))
+        self._runner.load(state)
+        self._scheduler.start_over()
+        self.weights_version, self._new_weights = version, None
 
-    def _draw(self) -> list[Delta]:
-        """One token for each running sequence; one whose logits are not numbers has failed."""
+    def _join_tool_output(self, deltas: list[Delta]) -> None:
+        """Let the output of calls that are done, or due, enter their sequences."""
+        self._calling = [(sequence, call) for sequence, call in self._calling if sequence.finish_reason is None]
+        if self._tools is None or not self._calling:
+            return
+        if self._repeats:
+            for _, call in self._calling:
+                if call.join_step <= self._step_idx:
+                    self._tools.wait(call)
+        self._tools.poll()
+        still_calling = []
+        for sequence, call in self._calling:
+            if call.join_step > self._step_idx if self._repeats else not call.done.is_set():
+                still_calling.append((sequence, call))
+                continue
+            sequence.is_calling = False
+            if taken := sequence.insert(self._tools.output_ids(call), self.weights_version):
+                deltas.append(_delta(sequence, taken, sampled=False))
+        self._calling = still_calling
+
+    def _draw(self, deltas: list[Delta]) -> None:
+        """One token for each sequence that is ready for it; one whose logits are not numbers has failed."""
         running = self._scheduler.running
+        kinds: dict[_Kind, list[int]] = {}
+        for row_idx, sequence in enumerate(running):
+            if not sequence.num_due and not sequence.is_calling and sequence.finish_reason is None:
+                kinds.setdefault(_Kind.of(sequence.sampling), []).append(row_idx)
+        if not kinds:
+            return
         logits_BV = self._runner.logits_BV(len(running))
-        is_finite_B = logits_BV.isfinite().all(dim=-1).tolist()
-        deltas = []
-        for sequence, is_finite in zip(running, is_finite_B, strict=True):
-            if sequence.finish_reason is None and not is_finite:
-                sequence.finish_reason = "failed"
-            if sequence.finish_reason is not None:
-                deltas.append(Delta(sequence.seq_id, (), (), sequence.finish_reason))
-        for kind, rows in _by_kind(running).items():
-            seeds = np.array([running[row].seed for row in rows], dtype=np.uint64)
-            t = np.array([len(running[row].token_ids) for row in rows], dtype=np.uint64)
-            chosen_BV = logits_BV if len(rows) == len(running) else logits_BV[rows]
-            tokens_B, logprobs_B = sample_tokens(chosen_BV, seeds, t, **kind._asdict())
-            for row, token_id, logprob in zip(rows, tokens_B.tolist(), logprobs_B.tolist(), strict=True):
-                sequence = running[row]
-                token_id = sequence.add(token_id, logprob, self.weights_version)
-                deltas.append(Delta(sequence.seq_id, (token_id,), (sequence.sampled[-1],), sequence.finish_reason))
-        return deltas
+        seeds_B = np.array([sequence.seed for sequence in running], dtype=np.uint64)
+        t_B = np.array([len(sequence.token_ids) for sequence in running], dtype=np.uint64)
+        for kind, rows in kinds.items():
+            if len(rows) == len(running):
+                draws = draw_tokens(logits_BV, seeds_B, t_B, **kind._asdict())
+            else:
+                draws = draw_tokens(logits_BV[rows], seeds_B[rows], t_B[rows], **kind._asdict())
+            for i, row_idx in enumerate(rows):
+                deltas.append(self._add(running[row_idx], draws, i))
+
+    def _add(self, sequence: SequenceState, draws: Draws, i: int) -> Delta:
+        if not draws.is_finite[i]:
+            where = f"{sequence.handle.request}, sample {sequence.sample_idx}, token {len(sequence.token_ids)}"
+            error = f"{where}: the logits are not finite; the model's weights are damaged or diverged"
+            sequence.finish("failed", error)
+            return _end(sequence)
+        assert sequence.prefix is not None
+        sequence.prefix.is_sound = True
+        kept_ids = draws.kept_ids[i] if draws.kept_ids is not None else ()
+        token_id = draws.tokens[i]
+        code_ids = sequence.add(token_id, draws.logprobs[i], kept_ids, self.weights_version)
+        if code_ids is not None and self._tools is not None and sequence.finish_reason is None:
+            sequence.is_calling = True
+            self._calling.append((sequence, self._tools.start(code_ids, self._step_idx + 1)))
+        return _delta(sequence, (token_id,), sampled=True)
+
+    def _remove_finished(self) -> None:
+        running = self._scheduler.running
+        ended = [row_idx for row_idx, s in enumerate(running) if s.finish_reason in ("failed", "cancelled")]
+        damaged = self._runner.scrub(ended)
+        self._runner.change(self._scheduler.remove_finished(keeps=not self._repeats, damaged=damaged))
 
 
 class _Kind(NamedTuple):
@@ -186,16 +248,14 @@ class _Kind(NamedTuple):
     top_k: int | None
     top_p: float | None
 
-
-def _by_kind(running: Sequence[SequenceState]) -> dict[_Kind, list[int]]:
-    """Rows to draw for."""
-    rows: dict[_Kind, list[int]] = {}
-    for row_idx, sequence in enumerate(running):
-        if sequence.finish_reason is None:
-            sampling = sequence.sampling
-            rows.setdefault(_Kind(sampling.temperature, sampling.top_k, sampling.top_p), []).append(row_idx)
-    return rows
+    @staticmethod
+    def of(sampling: SamplingConfig) -> _Kind:
+        return _Kind(sampling.temperature, sampling.top_k, sampling.top_p)
 
 
-def _shape(weight: Tensor | None) -> torch.Size | None:
-    return None if weight is None else weight.shape
+def _delta(sequence: SequenceState, token_ids: tuple[int, ...], *, sampled: bool) -> Delta:
+    return Delta(sequence.handle, sequence.sample_idx, token_ids, (sampled,) * len(token_ids), sequence.finish_reason)
+
+
+def _end(sequence: SequenceState) -> Delta:
+    return _delta(sequence, (), sampled=False)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rayllm.config.schema import SampleConfig, SamplingConfig
 from rayllm.engine.engine import Engine
+from rayllm.engine.reply import cut_at_stop
 from rayllm.model.gpt import GPT
 from rayllm.runs.load import load
 from rayllm.runtime import build_runtime
@@ -15,7 +16,7 @@ from rayllm.types import Prompt
 
 def run(config: SampleConfig) -> None:
     """Print `num_samples` continuations of each prompt."""
-    runtime = build_runtime(config.device, config.dtype)
+    runtime = build_runtime(config.device, config.dtype, for_inference=True)
     model, tokenizer = load(config.checkpoint, runtime.device, runtime.dtype)
     for prompt in config.prompts:
         for text in continue_text(model, tokenizer, prompt, config.sampling, num_samples=config.num_samples):
@@ -29,10 +30,11 @@ def continue_text(
     start = Prompt(prompt, (tokenizer.bos_id, *tokenizer.encode(prompt)))
     engine = Engine(model, tokenizer, num_slots=num_samples, max_len=len(start.token_ids) + sampling.max_tokens)
     (completions,) = engine.generate([start], sampling, num_samples=num_samples)
-    if any(c.finish_reason == "failed" for c in completions):
-        raise ValueError("the model's logits are not finite: its weights are damaged or diverged")
+    if errors := [c.error for c in completions if c.finish_reason == "failed"]:
+        raise ValueError(errors[0])
     # An imported model may know ids that its tokenizer has no text for.
-    return [
+    texts = [
         tokenizer.decode([i for i in c.token_ids if i != tokenizer.bos_id and i < tokenizer.vocab_size])
         for c in completions
     ]
+    return [cut_at_stop(text, sampling.stop) for text in texts]

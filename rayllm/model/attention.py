@@ -10,24 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def attend(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, window: int, positions_BT: Tensor | None = None) -> Tensor:
+def attend(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, window: int) -> Tensor:
     """Attend from each query to the keys at most `window` positions before it; returns (B, T, H, E).
 
-    Key s stands at position s. The queries are the last T of S positions, or stand at `positions_BT`, in rows of
-    different lengths. Keys and values of fewer heads than queries are shared among them (GQA). The softmax scale is
-    1/sqrt(E).
+    The queries are the last T of S positions. Keys and values of fewer heads than queries are shared among them (GQA).
+    The softmax scale is 1/sqrt(E).
     """
     num_queries, num_keys = q_BTHE.size(1), k_BSKE.size(1)
-    mask, is_causal = None, False
-    if positions_BT is not None:
-        mask = _window_mask(positions_BT, num_keys, window)[:, None]
-    else:
-        num_seen = min(num_keys, num_queries + window)  # older keys are outside every query's window
-        k_BSKE, v_BSKE = k_BSKE[:, num_keys - num_seen :], v_BSKE[:, num_keys - num_seen :]
-        is_causal = num_queries > 1 and num_seen == num_queries and window >= num_seen - 1
-        if num_queries > 1 and not is_causal:
-            positions_T = torch.arange(num_seen - num_queries, num_seen, device=q_BTHE.device)
-            mask = _window_mask(positions_T, num_seen, window)
+    num_seen = min(num_keys, num_queries + window)  # older keys are outside every query's window
+    k_BSKE, v_BSKE = k_BSKE[:, num_keys - num_seen :], v_BSKE[:, num_keys - num_seen :]
+    is_causal = num_queries > 1 and num_seen == num_queries and window >= num_seen - 1
+    mask = None
+    if num_queries > 1 and not is_causal:
+        position_T1 = torch.arange(num_seen - num_queries, num_seen, device=q_BTHE.device)[:, None]
+        key_S = torch.arange(num_seen, device=q_BTHE.device)
+        mask = (key_S <= position_T1) & (key_S >= position_T1 - window)
     y_BHTE = F.scaled_dot_product_attention(
         q_BTHE.transpose(1, 2),
         k_BSKE.transpose(1, 2),
@@ -39,8 +36,43 @@ def attend(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, window: int, position
     return y_BHTE.transpose(1, 2)
 
 
-def _window_mask(positions_xT: Tensor, num_keys: int, window: int) -> Tensor:
-    """True where the query at a position (any leading dimensions) may see key s; (..., T, S)."""
-    key_S = torch.arange(num_keys, device=positions_xT.device)
-    position_xT1 = positions_xT[..., None]
-    return (key_S <= position_xT1) & (key_S >= position_xT1 - window)
+def attend_to_part(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask_BTS: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to a part of the keys, for inference; returns (B, T, H, E) and the logarithm (B, T, H) of the part's
+    share before it is normalized.
+
+    `mask_BTS` is added to the scores: 0, or `hidden_score` where a query does not see a key.
+    """
+    num_rows, num_queries, num_heads, head_dim = q_BTHE.shape
+    num_kv_heads = k_BSKE.size(2)
+    # Heads that share keys stand in the queries' place: (B, K, G T, E).
+    q_BKQE = q_BTHE.view(num_rows, num_queries, num_kv_heads, -1, head_dim).permute(0, 2, 3, 1, 4).flatten(2, 3)
+    k_BKSE, v_BKSE = k_BSKE.transpose(1, 2), v_BSKE.transpose(1, 2)
+    if num_queries > 1 and num_kv_heads < num_heads:
+        mask_BTS = mask_BTS.repeat(1, num_heads // num_kv_heads, 1)
+    mask_B1QS = mask_BTS[:, None]
+    if q_BTHE.device.type == "cpu":  # the kernel behind SDPA here, which also tells the share
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        y_BKQE, share_BKQ = flash(q_BKQE, k_BKSE, v_BKSE, attn_mask=mask_B1QS)
+    else:
+        y_BKQE, share_BKQ = attend_by_products(q_BKQE, k_BKSE, v_BKSE, mask_B1QS)
+    heads = (num_rows, num_heads, num_queries)
+    return y_BKQE.reshape(*heads, head_dim).transpose(1, 2), share_BKQ.reshape(heads).transpose(1, 2)
+
+
+def attend_by_products(q_BKQE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_B1QS: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by plain matrix products, on any device; returns (B, K, Q, E) and the shares (B, K, Q)."""
+    scores_BKQS = (q_BKQE @ k_BKSE.transpose(-1, -2)).float() * q_BKQE.size(-1) ** -0.5 + mask_B1QS
+    share_BKQ = scores_BKQS.logsumexp(dim=-1)
+    return (scores_BKQS - share_BKQ[..., None]).exp().to(v_BKSE.dtype) @ v_BKSE, share_BKQ
+
+
+def join_parts(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:
+    """Attention to all keys, from attention to two parts of them."""
+    (y_a_BTHE, share_a_BTH), (y_b_BTHE, share_b_BTH) = a, b
+    weight_BTH1 = torch.sigmoid(share_b_BTH - share_a_BTH)[..., None].to(y_a_BTHE.dtype)
+    return torch.lerp(y_a_BTHE, y_b_BTHE, weight_BTH1)
+
+
+def visibility(is_seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where a key is seen; else a score so low that it has no share, yet a number: a query may see none of a part."""
+    return torch.zeros(is_seen.shape, device=is_seen.device, dtype=dtype).masked_fill_(~is_seen, -1e30)

@@ -8,6 +8,8 @@ from typing import Any
 
 VE_GATE_CHANNELS = 12
 SMEAR_GATE_CHANNELS = 24
+# Positions the rotary tables cover, in rows: generation may go well beyond the training length, as windows are finite.
+POSITIONS_PER_ROW = 10
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class GPTConfig:
     def padded_vocab_size(self) -> int:
         """Rows of the embedding tables: vocab_size rounded up to 64, for aligned matrix products."""
         return math.ceil(self.vocab_size / 64) * 64
+
+    @property
+    def max_positions(self) -> int:
+        """Positions the rotary tables cover."""
+        return POSITIONS_PER_ROW * self.sequence_len
 
     @property
     def windows(self) -> tuple[int, ...]:

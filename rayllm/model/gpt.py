@@ -19,15 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rayllm.model.attention import attend
-from rayllm.model.config import SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
-from rayllm.model.kv_cache import KVCache
+from rayllm.model.config import POSITIONS_PER_ROW, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
+from rayllm.model.kv_cache import CacheView
 
 IGNORE_INDEX = -1
 ROPE_BASE = 100_000.0
 QK_SCALE = 1.2
 LOGIT_CAP = 15.0
-# Positions the rotary tables cover, in rows: generation may go well beyond the training length, as windows are finite.
-POSITIONS_PER_ROW = 10
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -37,12 +35,11 @@ def norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),))
 
 
-class Positions(NamedTuple):
-    """Where a forward's tokens stand: their rotary angles, and (B, T) indices where rows differ in length."""
+class Angles(NamedTuple):
+    """Rotary cosines and sines of a forward's tokens: (T, 1, E / 2), or (B, T, 1, E / 2) where rows differ."""
 
     cos: Tensor
     sin: Tensor
-    uneven_BT: Tensor | None
 
 
 class Linear(nn.Linear):
@@ -70,17 +67,34 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.d_model, config.d_model)
         has_value_embed = layer_idx in config.value_embed_layers
         self.ve_gate = Linear(VE_GATE_CHANNELS, config.num_kv_heads) if has_value_embed else None
+        self.qkv_weight: Tensor | None = None
 
-    def forward(self, h_BTD: Tensor, value_embed: Tensor | None, at: Positions, cache: KVCache | None) -> Tensor:
+    def forward(self, h_BTD: Tensor, value_embed: Tensor | None, angles: Angles, cache: CacheView | None) -> Tensor:
         heads = (*h_BTD.shape[:2], -1, self.head_dim)
-        q_BTHE, k_BTKE, v_BTKE = (proj(h_BTD).view(heads) for proj in (self.c_q, self.c_k, self.c_v))
+        if self.qkv_weight is not None:
+            qkv = F.linear(h_BTD, self.qkv_weight).view(heads)
+            num_kv_heads = self.c_k.out_features // self.head_dim
+            qk, v_BTKE = qkv.split([qkv.size(2) - num_kv_heads, num_kv_heads], dim=2)
+            q_BTHE, k_BTKE = rotate_and_norm(qk, angles).split([qk.size(2) - num_kv_heads, num_kv_heads], dim=2)
+        else:
+            q_BTHE, k_BTKE, v_BTKE = (proj(h_BTD).view(heads) for proj in (self.c_q, self.c_k, self.c_v))
+            q_BTHE, k_BTKE = (rotate_and_norm(x, angles) for x in (q_BTHE, k_BTKE))
         if self.ve_gate is not None and value_embed is not None:
             gate_BTK1 = 3 * torch.sigmoid(self.ve_gate(h_BTD[..., :VE_GATE_CHANNELS])).unsqueeze(-1)
             v_BTKE = v_BTKE + gate_BTK1 * value_embed.view(heads)
-        q_BTHE, k_BTKE = (norm(rotate(x, at.cos, at.sin)) * QK_SCALE for x in (q_BTHE, k_BTKE))
-        if cache is not None:
-            k_BTKE, v_BTKE = cache.append(self.layer_idx, k_BTKE, v_BTKE, at.uneven_BT)
-        return self.c_proj(attend(q_BTHE, k_BTKE, v_BTKE, self.window, at.uneven_BT).flatten(2))
+        if cache is None:
+            y_BTHE = attend(q_BTHE, k_BTKE, v_BTKE, self.window)
+        else:
+            y_BTHE = cache.attend(self.layer_idx, q_BTHE, k_BTKE, v_BTKE)
+        return self.c_proj(y_BTHE.flatten(2))
+
+    @torch.no_grad()
+    def fuse(self) -> None:
+        """Lay the weights of q, k and v side by side, so that one product gives all three."""
+        projections = (self.c_q, self.c_k, self.c_v)
+        self.qkv_weight = _for_products(torch.cat([proj.weight for proj in projections]))
+        for proj, part in zip(projections, self.qkv_weight.split([p.out_features for p in projections]), strict=True):
+            proj.weight.data = part
 
 
 class MLP(nn.Module):
@@ -103,8 +117,8 @@ class Block(nn.Module):
         self.attn = Attention(config, layer_idx)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, value_embed: Tensor | None, at: Positions, cache: KVCache | None) -> Tensor:
-        x_BTD = x_BTD + self.attn(norm(x_BTD), value_embed, at, cache)
+    def forward(self, x_BTD: Tensor, value_embed: Tensor | None, angles: Angles, cache: CacheView | None) -> Tensor:
+        x_BTD = x_BTD + self.attn(norm(x_BTD), value_embed, angles, cache)
         return x_BTD + self.mlp(norm(x_BTD))
 
 
@@ -132,7 +146,7 @@ class GPT(nn.Module):
         self.backout_lambda = nn.Parameter(torch.empty(1))
         kv_width = config.num_kv_heads * config.head_dim
         self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(num_rows, kv_width) for i in config.value_embed_layers})
-        cos_SE, sin_SE = rotary_tables(POSITIONS_PER_ROW * config.sequence_len, config.head_dim)
+        cos_SE, sin_SE = rotary_tables(config.max_positions, config.head_dim)
         self.register_buffer("cos_SE", cos_SE, persistent=False)
         self.register_buffer("sin_SE", sin_SE, persistent=False)
 
@@ -149,14 +163,14 @@ class GPT(nn.Module):
         tokens_BT: Tensor,
         targets_BT: Tensor | None = None,
         reduction: Reduction = "mean",
-        cache: KVCache | None = None,
+        cache: CacheView | None = None,
     ) -> Tensor:
         """Logits (B, T, V) in at least float32; with targets their negative log-likelihood in nats.
 
-        Targets of -1 are ignored; `reduction="none"` keeps the shape (B, T), 0 where ignored. With a cache the
-        tokens continue what it holds, in chunks of any size. Raises ValueError past the rotary tables or the cache.
+        Targets of -1 are ignored; `reduction="none"` keeps the shape (B, T), 0 where ignored. With a cache the tokens
+        continue what it holds. Raises ValueError for a sequence longer than the rotary tables.
         """
-        logits_BTV = self._logits(self._trunk(tokens_BT, cache))
+        logits_BTV = self.logits(self.hidden(tokens_BT, cache))
         if targets_BT is None:
             return logits_BTV
         nll = F.cross_entropy(
@@ -164,52 +178,63 @@ class GPT(nn.Module):
         )
         return nll.view_as(targets_BT) if reduction == "none" else nll
 
-    def _trunk(self, tokens_BT: Tensor, cache: KVCache | None) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, cache: CacheView | None = None) -> Tensor:
+        """What the head reads: the normed stream (B, T, D) behind the last block."""
         dtype = self.compute_dtype or self.lm_head.weight.dtype
-        at = self._positions(tokens_BT.size(1), cache, dtype)
-        x_BTD = norm(self.wte(tokens_BT).to(dtype))
-        last_embed_BD = x_BTD[:, -1]
+        angles = self._angles(tokens_BT.size(1), cache, dtype)
+        x_BTD = self._embed(tokens_BT, dtype)
         x0_BTD = x_BTD = self._smear(x_BTD, cache)
         x_mid_BTD = x_BTD
         for i, block in enumerate(self.blocks):
             x_BTD = self.resid_lambdas[i] * x_BTD + self.x0_lambdas[i] * x0_BTD
             value_embed = self.value_embeds[str(i)](tokens_BT).to(dtype) if str(i) in self.value_embeds else None
-            x_BTD = block(x_BTD, value_embed, at, cache)
+            x_BTD = block(x_BTD, value_embed, angles, cache)
             if i == self.config.num_layers // 2:
                 x_mid_BTD = x_BTD
-        if cache is not None:
-            cache.advance(tokens_BT.size(1), last_embed_BD)
         return norm(x_BTD - self.backout_lambda.to(dtype) * x_mid_BTD)
 
-    def _positions(self, num_tokens: int, cache: KVCache | None, dtype: torch.dtype) -> Positions:
-        """Where the tokens stand, after checking that there is room for them."""
-        end = num_tokens + (0 if cache is None else int(cache.lengths.max()))
-        if end > self.cos_SE.size(0):
-            raise ValueError(
-                f"sequence of {end} tokens is longer than the {self.cos_SE.size(0)} positions this model has "
-                f"({POSITIONS_PER_ROW} times its sequence_len {self.config.sequence_len}): shorten it"
-            )
-        if cache is not None:
-            cache.require_room(num_tokens)
-        uneven_BT = None if cache is None or cache.is_even else cache.positions_BT(num_tokens)
-        chosen = slice(end - num_tokens, end) if uneven_BT is None else uneven_BT
-        cos, sin = (table[chosen].to(dtype).unsqueeze(-2) for table in (self.cos_SE, self.sin_SE))
-        return Positions(cos, sin, uneven_BT)
+    def logits(self, x_xD: Tensor) -> Tensor:
+        """Logits (..., V) of a hidden state of any leading dimensions, capped, in at least float32."""
+        # The padding rows of the vocabulary never compete: they are cut off before the cap.
+        logits_xV = F.linear(x_xD, self.lm_head.weight[: self.config.vocab_size].to(x_xD.dtype))
+        logits_xV = logits_xV.to(torch.promote_types(logits_xV.dtype, torch.float32))
+        if not torch.is_grad_enabled():  # in place: logits are the largest tensor there is
+            return logits_xV.div_(LOGIT_CAP).tanh_().mul_(LOGIT_CAP)
+        return LOGIT_CAP * torch.tanh(logits_xV / LOGIT_CAP)
 
-    def _smear(self, x_BTD: Tensor, cache: KVCache | None) -> Tensor:
+    @torch.no_grad()
+    def lay_out_for_inference(self) -> GPT:
+        """Place the weights where products of few rows read them fastest, q, k and v as one. Call it last: it does not
+        outlive `to`."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.weight.data = _for_products(module.weight)
+        for block in self.blocks:
+            block.attn.fuse()
+        return self
+
+    def _embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        return norm(self.wte(tokens).to(dtype))
+
+    def _angles(self, num_tokens: int, cache: CacheView | None, dtype: torch.dtype) -> Angles:
+        if cache is None and num_tokens > self.config.max_positions:
+            raise ValueError(
+                f"sequence of {num_tokens} tokens is longer than the {self.config.max_positions} positions this model "
+                f"has ({POSITIONS_PER_ROW} times its sequence_len {self.config.sequence_len}): shorten it"
+            )
+        chosen = slice(num_tokens) if cache is None else cache.positions_BT
+        return Angles(*(table[chosen].to(dtype).unsqueeze(-2) for table in (self.cos_SE, self.sin_SE)))
+
+    def _smear(self, x_BTD: Tensor, cache: CacheView | None) -> Tensor:
         """Mix a gated share of the token before into each token; a sequence's first token has none before it."""
         if cache is None:
             before_BTD = F.pad(x_BTD[:, :-1], (0, 0, 1, 0))
         else:
-            before_BTD = torch.cat([cache.last_embed_BD[:, None], x_BTD[:, :-1]], dim=1)
+            first_BD = self._embed(cache.before_B.clamp(min=0), x_BTD.dtype)
+            first_BD = first_BD.masked_fill((cache.before_B < 0)[:, None], 0)
+            before_BTD = torch.cat([first_BD[:, None], x_BTD[:, :-1]], dim=1)
         gate_BT1 = self.smear_lambda.to(x_BTD.dtype) * torch.sigmoid(self.smear_gate(x_BTD[..., :SMEAR_GATE_CHANNELS]))
         return x_BTD + gate_BT1 * before_BTD
-
-    def _logits(self, x_BTD: Tensor) -> Tensor:
-        # The padding rows of the vocabulary never compete: they are cut off before the cap.
-        logits_BTV = F.linear(x_BTD, self.lm_head.weight[: self.config.vocab_size].to(x_BTD.dtype))
-        logits_BTV = logits_BTV.to(torch.promote_types(logits_BTV.dtype, torch.float32))
-        return LOGIT_CAP * torch.tanh(logits_BTV / LOGIT_CAP)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -246,6 +271,11 @@ class GPT(nn.Module):
         self.x0_lambdas.copy_(0.20 - 0.15 * depth_L)
 
 
+def _for_products(weight: Tensor) -> Tensor:
+    """The same matrix, on a CPU in column-major order: products of few rows are up to twice as fast."""
+    return weight.t().contiguous().t() if weight.device.type == "cpu" else weight
+
+
 def rotary_tables(num_positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines (num_positions, head_dim / 2) of RoPE angles, in float32."""
     frequency_E = ROPE_BASE ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
@@ -253,10 +283,7 @@ def rotary_tables(num_positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
     return angle_SE.cos(), angle_SE.sin()
 
 
-def rotate(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the two halves of each head by minus the angle of its position (RoPE, half-split).
-
-    `cos` and `sin` are of shape (T, 1, E / 2), or (B, T, 1, E / 2) where rows stand at different positions.
-    """
+def rotate_and_norm(x_BTHE: Tensor, angles: Angles) -> Tensor:
+    """Rotate the two halves of each head by minus the angle of its position (RoPE, half-split), then norm and scale."""
     a, b = x_BTHE.chunk(2, dim=-1)
-    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+    return norm(torch.cat([a * angles.cos + b * angles.sin, b * angles.cos - a * angles.sin], dim=-1)) * QK_SCALE

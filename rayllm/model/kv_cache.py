@@ -1,104 +1,116 @@
-"""What decoding remembers: keys and values of every layer, and the last embedding (for smear).
+"""What decoding remembers: keys and values of every layer, row by row.
 
-Shapes: B rows, T tokens, S positions, K kv heads, E head dim, D model.
+A layer with a window of w looks back w tokens, so it keeps the last w + chunk_len and no more: position p lies in slot
+p modulo its capacity. The cache does not know how long a row is; whoever drives it says where tokens stand.
+
+Shapes: B rows, T tokens, N tokens to store, S slots, K kv heads, E head dim.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from rayllm.model.config import GPTConfig
 
 
-class KVCache:
-    """Keys and values of `num_rows` sequences, each of a length of its own, up to `capacity` positions.
+class CacheView(Protocol):
+    """One forward's place in a cache, and all that the model sees of it.
 
-    `GPT.forward` appends to it and advances it; `lengths[b]` is how many tokens row b holds. Slices made by `first`
-    share memory with the whole.
+    `positions_BT` are those of its tokens; `before_B` are the tokens before its first ones (-1: none), for smear.
+    """
+
+    positions_BT: Tensor
+    before_B: Tensor
+
+    def attend(self, layer_idx: int, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
+        """Store one layer's keys and values and attend to all that its window holds; returns (B, T, H, E)."""
+        ...
+
+
+class KVCache:
+    """Keys and values of `num_rows` sequences of up to `max_len` tokens, fed at most `chunk_len` (None: all) at once.
+
+    Raises ValueError where `max_len` is more positions than the model has.
     """
 
     def __init__(
-        self, config: GPTConfig, num_rows: int, capacity: int, *, device: torch.device | str, dtype: torch.dtype
+        self,
+        config: GPTConfig,
+        num_rows: int,
+        max_len: int,
+        *,
+        chunk_len: int | None = None,
+        device: torch.device | str,
+        dtype: torch.dtype,
     ) -> None:
-        shape = (config.num_layers, num_rows, capacity, config.num_kv_heads, config.head_dim)
-        self._k_LBSKE = torch.zeros(shape, device=device, dtype=dtype)
-        self._v_LBSKE = torch.zeros(shape, device=device, dtype=dtype)
-        # Of a row without tokens it is zero: nothing is smeared into a sequence's first token.
-        self.last_embed_BD = torch.zeros(num_rows, config.d_model, device=device, dtype=dtype)
-        self.lengths = np.zeros(num_rows, dtype=np.int64)
-
-    @property
-    def num_rows(self) -> int:
-        return self._k_LBSKE.size(1)
-
-    @property
-    def capacity(self) -> int:
-        return self._k_LBSKE.size(2)
-
-    @property
-    def is_even(self) -> bool:
-        """Whether all rows are of the same length."""
-        return bool((self.lengths == self.lengths[0]).all())
-
-    def require_room(self, num_tokens: int) -> None:
-        """Raises ValueError when `num_tokens` more do not fit."""
-        longest = int(self.lengths.max())
-        if longest + num_tokens > self.capacity:
+        if max_len > config.max_positions:
             raise ValueError(
-                f"KV cache holds {longest} of {self.capacity} tokens, no room for {num_tokens} more: "
-                "build it with a larger capacity or generate fewer tokens"
+                f"a KV cache of {max_len} tokens is longer than the {config.max_positions} positions this model has: "
+                "give a smaller max_len"
+            )
+        self.config, self.num_rows, self.max_len = config, num_rows, max_len
+        self.chunk_len = min(chunk_len or max_len, max_len)
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        for window in config.windows:
+            shape = (num_rows, min(max_len, window + self.chunk_len), config.num_kv_heads, config.head_dim)
+            self.layers.append(
+                (torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
             )
 
-    def positions_BT(self, num_tokens: int) -> Tensor:
-        """Where the next `num_tokens` of each row stand."""
-        positions_BT = torch.from_numpy(self.lengths[:, None] + np.arange(num_tokens))
-        return positions_BT.to(self._k_LBSKE.device, non_blocking=True)
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0][0].device
 
-    def append(
-        self, layer_idx: int, k_BTKE: Tensor, v_BTKE: Tensor, positions_BT: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Store one layer's new keys and values; returns what it holds, the new ones included (views).
+    def capacity(self, layer_idx: int) -> int:
+        """Slots of a row."""
+        return self.layers[layer_idx][0].size(1)
 
-        With `positions_BT` None all rows are of one length, and so is what is returned. Else keys come up to the
-        longest row, rounded up, and those beyond a row's own length are not its.
-        """
-        start = int(self.lengths[0])
-        if positions_BT is None:
-            end = start + k_BTKE.size(1)
-            self._k_LBSKE[layer_idx, :, start:end] = k_BTKE
-            self._v_LBSKE[layer_idx, :, start:end] = v_BTKE
-        else:
-            end = min(self.capacity, -(-(int(self.lengths.max()) + k_BTKE.size(1)) // 64) * 64)  # few shapes
-            rows_B1 = torch.arange(self.num_rows, device=k_BTKE.device)[:, None]
-            self._k_LBSKE[layer_idx][rows_B1, positions_BT] = k_BTKE
-            self._v_LBSKE[layer_idx][rows_B1, positions_BT] = v_BTKE
-        return self._k_LBSKE[layer_idx, :, :end], self._v_LBSKE[layer_idx, :, :end]
+    def store(self, layer_idx: int, rows_N: Tensor, positions_N: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> None:
+        """Put tokens where they belong; what stood there long before is gone."""
+        slots_N = rows_N * self.capacity(layer_idx) + positions_N % self.capacity(layer_idx)
+        for stored, new_NKE in zip(self.layers[layer_idx], (k_NKE, v_NKE), strict=True):
+            stored.view(-1, *stored.shape[2:]).index_copy_(0, slots_N, new_NKE)
 
-    def advance(self, num_tokens: int, last_embed_BD: Tensor) -> None:
-        """Called once per forward, after every layer has appended."""
-        self.lengths += num_tokens
-        self.last_embed_BD.copy_(last_embed_BD)
+    def read(self, layer_idx: int, rows: slice | Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, S, K, E) of up to `num_keys` slots: a slice of rows where it lies, others copied."""
+        keys, values = self.layers[layer_idx]
+        return keys[rows, :num_keys], values[rows, :num_keys]
 
-    def first(self, num_rows: int) -> KVCache:
-        """The first rows alone, sharing memory."""
-        rows = object.__new__(KVCache)
-        rows._k_LBSKE, rows._v_LBSKE = self._k_LBSKE[:, :num_rows], self._v_LBSKE[:, :num_rows]
-        rows.last_embed_BD, rows.lengths = self.last_embed_BD[:num_rows], self.lengths[:num_rows]
-        return rows
+    def copy_row(self, to_idx: int, from_idx: int, length: int) -> None:
+        """Copy what a row of `length` tokens holds."""
+        for layer in self.layers:
+            for stored in layer:
+                stored[to_idx, :length] = stored[from_idx, :length]
 
-    def copy_row(self, row_idx: int, source: KVCache, source_idx: int) -> None:
-        """Make a row equal to one of a cache (this or another of the same model)."""
-        length = int(source.lengths[source_idx])
-        self._k_LBSKE[:, row_idx, :length] = source._k_LBSKE[:, source_idx, :length]
-        self._v_LBSKE[:, row_idx, :length] = source._v_LBSKE[:, source_idx, :length]
-        self.last_embed_BD[row_idx] = source.last_embed_BD[source_idx]
-        self.lengths[row_idx] = length
+    def append_row(self, to_idx: int, to_length: int, source: KVCache, from_idx: int, length: int) -> None:
+        """Put the `length` tokens of another cache's row behind the `to_length` of a row here."""
+        for own, its in zip(self.layers, source.layers, strict=True):
+            for mine, theirs in zip(own, its, strict=True):
+                first = max(0, length - min(mine.size(1), theirs.size(1)))  # of those that both hold
+                position_N = torch.arange(first, length, device=self.device)
+                mine[to_idx, (to_length + position_N) % mine.size(1)] = theirs[from_idx, position_N % theirs.size(1)]
 
     def clear_row(self, row_idx: int) -> None:
-        """Forget a row, down to its numbers: one that is no number would outlive a mask."""
-        self._k_LBSKE[:, row_idx, : self.lengths[row_idx]] = 0
-        self._v_LBSKE[:, row_idx, : self.lengths[row_idx]] = 0
-        self.last_embed_BD[row_idx] = 0
-        self.lengths[row_idx] = 0
+        """Forget a row's numbers: those that are none would outlive any mask."""
+        for layer in self.layers:
+            for stored in layer:
+                stored[row_idx] = 0
+
+    def shortest_cut(self, length: int) -> int:
+        """The least a row of `length` tokens can be cut to and still hold all that is looked back to from there."""
+        cuts = (
+            length - self.capacity(layer_idx) + window
+            for layer_idx, window in enumerate(self.config.windows)
+            if length > self.capacity(layer_idx)
+        )
+        return max(cuts, default=0)
+
+
+def held_positions(length_xx1: Tensor, num_keys: int, capacity: int) -> Tensor:
+    """The position that lies in each of the first slots of a row of some length; < 0: none yet. (..., S)."""
+    slot_S = torch.arange(num_keys, device=length_xx1.device)
+    last_xx1 = length_xx1 - 1
+    return last_xx1 - (last_xx1 - slot_S) % capacity

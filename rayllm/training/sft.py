@@ -17,7 +17,7 @@ from rayllm.engine.calculator import calculate
 from rayllm.engine.engine import Engine
 from rayllm.evals.rows import evaluate_loss
 from rayllm.model.config import GPTConfig
-from rayllm.model.gpt import GPT, POSITIONS_PER_ROW
+from rayllm.model.gpt import GPT
 from rayllm.optim.groups import build_optimizer
 from rayllm.optim.scaling import flops_per_token, split_step
 from rayllm.optim.schedule import FinetuneSchedule
@@ -94,7 +94,7 @@ def check_start(config: SFTConfig, run_path: Path) -> SFTStart:
     checkpoint = own or open_checkpoint(config.checkpoint)
     model = model_config(checkpoint)
     sequence_len = config.sequence_len or model.sequence_len
-    if sequence_len > (limit := POSITIONS_PER_ROW * model.sequence_len):
+    if sequence_len > (limit := model.max_positions):
         raise ValueError(
             f"sequence_len={sequence_len} is more than the {limit} positions that the model of {checkpoint.path} has; "
             f"write --sequence_len={model.sequence_len}, or at most {limit}"
@@ -192,7 +192,7 @@ def run_worker(config: SFTConfig, run_path: Path, runtime: Runtime) -> Metrics:
 def _answers(model: GPT, tokenizer: Tokenizer) -> Iterator[str]:
     """What the model answers to a few questions, greedily, tool blocks and all."""
     sampling = SamplingConfig(temperature=0, max_tokens=min(SAMPLE_TOKENS, model.config.sequence_len))
-    max_len = POSITIONS_PER_ROW * model.config.sequence_len
+    max_len = model.config.max_positions
     for text in SAMPLE_PROMPTS:
         question = Conversation((Message("user", text),))
         ids = render_for_reply(tokenizer, question, max_len - sampling.max_tokens)

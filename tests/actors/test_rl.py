@@ -23,6 +23,7 @@ from actors.rollout import RolloutPool, RolloutWorker, SampleRequest
 from actors.weights import ObjectStoreChannel, pack, unpack
 from rayllm.config.chat_schema import RLConfig, RolloutConfig, TaskConfig
 from rayllm.config.schema import OptimConfig, SamplingConfig, WorkersConfig
+from rayllm.engine.request import Request
 from rayllm.model.config import GPTConfig
 from rayllm.model.gpt import GPT
 from rayllm.runs.checkpoint import open_checkpoint, save_checkpoint
@@ -30,6 +31,7 @@ from rayllm.runs.run_dir import open_run
 from rayllm.runs.tracking import read_metrics
 from rayllm.text.tokenizer import Tokenizer
 from rayllm.training.rollout_batch import collate_groups
+from rayllm.types import Prompt
 
 # Ray's workers cannot import test modules: what is defined here travels by value.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -73,12 +75,15 @@ class AsciiPool(RolloutPool):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run directory with an untrained chat model."""
+    return save_untrained(tmp_path_factory.mktemp("rl") / "sft", sequence_len=256)
+
+
+def save_untrained(run: Path, sequence_len: int) -> Path:
     config = GPTConfig(
-        sequence_len=256, vocab_size=TOKENIZER.vocab_size, num_layers=2, num_heads=2, num_kv_heads=2, d_model=32
+        sequence_len, vocab_size=TOKENIZER.vocab_size, num_layers=2, num_heads=2, num_kv_heads=2, d_model=32
     )
     model = GPT(config)
     model.init_weights(0)
-    run = tmp_path_factory.mktemp("rl") / "sft"
     save_checkpoint(
         run / "checkpoints",
         5,
@@ -211,23 +216,57 @@ def test_a_worker_samples_by_address_and_marks_what_failed(start: Path) -> None:
     worker = AsciiWorker(str(open_checkpoint(start).path), RolloutConfig(num_slots=4, device="cpu"))
     request = SampleRequest(TaskConfig(num_examples=40), (3, 13, 7), 2, SamplingConfig(max_tokens=6, seed=1))
     groups = worker.sample(request)
+    assert worker.sample(request) == groups
     shares = [worker.sample(request.share(rank, 2)) for rank in range(2)]
     assert groups == [shares[0][0], shares[1][0], shares[0][1]]
     assert [r.reward for r in groups[1].rollouts] == [None, None]
     assert all(r.reward in (0.0, 1.0) for g in (groups[0], groups[2]) for r in g.rollouts)
 
 
-def test_a_prompt_without_room_is_skipped_and_counted(start: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    worker = RolloutWorker(str(open_checkpoint(start).path), RolloutConfig(num_slots=4, device="cpu"))
-    worker._engine._max_len = 60  # byte tokens: some problems are longer, some are not
+def test_a_prompt_without_room_is_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = save_untrained(tmp_path / "sft", sequence_len=60)  # byte tokens: some problems are longer, some are not
+    worker = RolloutWorker(str(open_checkpoint(short).path), RolloutConfig(num_slots=4, device="cpu"))
     request = SampleRequest(TaskConfig(), tuple(range(12)), 2, SamplingConfig(max_tokens=3))
     groups = worker.sample(request)
     failed = [g for g in groups if all(r.reward is None for r in g.rollouts)]
     assert failed and all(len(g.prompt.token_ids) >= 60 for g in failed)
-    assert "leaves no room for an answer" in capsys.readouterr().err
+    assert all("leaves no room" in str(r.completion.error) for g in failed for r in g.rollouts)
+    told = capsys.readouterr().err
+    assert len(failed) > 1 and told.count("leaves no room for an answer: at most 59 fit (told once") == 1
     batch = collate_groups(groups)
     assert batch.metrics["train/num_dropped_groups"] == len(failed)
     assert batch.metrics["train/num_failed"] == 2 * len(failed)
+
+
+def test_weights_that_are_no_numbers_fail_what_they_sample(start: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = open_checkpoint(start)
+    worker = RolloutWorker(str(checkpoint.path), RolloutConfig(num_slots=4, num_prompts=2, device="cpu"))
+    state = checkpoint.load_model_state()
+    request = SampleRequest(TaskConfig(), (0, 1, 2), 2, SamplingConfig(max_tokens=3))
+    before = worker.sample(request)
+    assert worker.load_weights([pack({**state, "lm_head.weight": state["lm_head.weight"] * torch.nan}, 1)]).number == 1
+    rollouts = [rollout for group in worker.sample(request) for rollout in group.rollouts]
+    assert [(r.completion.finish_reason, r.reward) for r in rollouts] == [("failed", None)] * 6
+    assert capsys.readouterr().err.count("logits are not finite") == 1
+    worker.load_weights([pack(state, 0)])
+    assert worker.sample(request) == before
+
+
+@pytest.mark.parametrize("new_weights", ["recompute", "drain"])
+def test_what_runs_when_weights_change_does_as_the_recipe_says(start: Path, new_weights: Any) -> None:
+    """They come when the third token of the first answer has been drawn; the second has not begun."""
+    checkpoint = open_checkpoint(start)
+    worker = RolloutWorker(str(checkpoint.path), RolloutConfig(num_slots=1, device="cpu", new_weights=new_weights))
+    prompt = Prompt("p", tuple(TOKENIZER.encode("one and one is")))
+    handle = worker.engine.submit(Request(prompt, SamplingConfig(max_tokens=6), num_samples=2))
+    for _ in range(3):
+        worker.engine.step()
+    worker.load_weights([pack(checkpoint.load_model_state(), 1)])
+    while not handle.is_done:
+        worker.engine.step()
+    first, second = (completion.weights_versions for completion in handle.completions())
+    assert first == (((0, 3), (1, 3)) if new_weights == "recompute" else ((0, 6),))
+    assert second == ((1, 6),)
 
 
 def test_weights_travel_bit_for_bit_and_damage_is_found() -> None:

@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,19 @@ import ray
 from openai.types.chat import ChatCompletionChunk
 
 from actors import cluster
+from actors.chat_api import Answers, EventStream
 from actors.serve import check_address, plan_placement, run_name, serving
 from rayllm.config.chat_schema import ServeConfig
 from rayllm.config.schema import SamplingConfig
+from rayllm.engine.async_engine import RequestStream
 from rayllm.engine.calculator import calculate
 from rayllm.engine.engine import Engine
-from rayllm.engine.reply import AnswerStream, render_reply_prompt
+from rayllm.engine.reply import render_reply_prompt
+from rayllm.engine.request import Request
 from rayllm.runs.checkpoint import open_checkpoint, save_checkpoint
 from rayllm.runs.load import load
+from rayllm.text.stream import AnswerStream
+from rayllm.text.tokenizer import Tokenizer
 from rayllm.types import Conversation, Message, Prompt
 
 TIME_LIMIT_S = 60.0
@@ -109,8 +115,8 @@ def test_streaming_gives_what_the_whole_answer_has(client: openai.OpenAI, stop: 
         ends = [c.finish_reason for chunk in chunks for c in chunk.choices if c.index == choice.index]
         assert ends[-1] == choice.finish_reason and set(ends[:-1]) == {None}
     assert chunks[-1].choices == [] and chunks[-1].usage is not None and whole.usage is not None
-    if stop is None:  # an answer that a stop text ended may have been written a little further
-        assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    if stop is None:
         other = client.chat.completions.create(**{**asked, "seed": 8})
         assert [c.message.content for c in other.choices] != [c.message.content for c in whole.choices]
 
@@ -120,6 +126,9 @@ def test_stop_texts_end_the_answer_before_them_even_across_tokens(client: openai
         answer = client.chat.completions.create(model="tiny", messages=HI, stop=stop)
         assert answer.choices[0].message.content == expected
         assert answer.choices[0].finish_reason == "stop"
+    answer = client.chat.completions.create(model="tiny", messages=SING, stop="a la")
+    assert answer.choices[0].message.content == "l" and answer.usage is not None
+    assert answer.usage.completion_tokens == len("la la")  # and not a token more is written
 
 
 def test_max_tokens_cuts_and_says_so(client: openai.OpenAI) -> None:
@@ -171,6 +180,28 @@ class _LeftError(Exception):
     pass
 
 
+def test_a_client_that_leaves_before_the_first_event_ends_its_answers_too() -> None:
+    cancelled: list[bool] = []
+    stream = RequestStream(1, lambda: cancelled.append(True))
+    answers = Answers(Request(Prompt("", (1,)), SamplingConfig()), stream, Tokenizer.byte_level())
+
+    async def events() -> AsyncIterator[str]:
+        yield "never asked for"
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def leave() -> None:
+        response = EventStream(answers, events())
+        await asyncio.wait_for(response({"type": "http"}, receive, send), TIME_LIMIT_S)
+
+    asyncio.run(leave())
+    assert cancelled == [True]
+
+
 def test_too_many_requests_are_refused(url: str, client: openai.OpenAI) -> None:
     wait_until_free(url)
     streams = [
@@ -189,10 +220,10 @@ def test_an_answer_that_fails_is_an_error_and_harms_no_other(client: openai.Open
     broken: Any = [{"role": "user", "content": "hi \x01"}]
     song = client.chat.completions.create(model="tiny", messages=SING, stream=True, max_tokens=300)
     next(iter(song))
-    with pytest.raises(openai.InternalServerError, match="not a number") as caught:
+    with pytest.raises(openai.InternalServerError, match="not finite") as caught:
         client.chat.completions.create(model="tiny", messages=broken)
     assert caught.value.status_code == 500
-    with pytest.raises(openai.APIError, match="not a number"):
+    with pytest.raises(openai.APIError, match="not finite"):
         list(client.chat.completions.create(model="tiny", messages=broken, stream=True))
     assert text_of(list(song)) == "la " * 100
     assert client.chat.completions.create(model="tiny", messages=HI).choices[0].message.content == HELLO
@@ -264,11 +295,9 @@ def test_the_served_answer_is_the_engine_s(config: ServeConfig, client: openai.O
     turns = Conversation((Message("user", "sing a song"),))
     ids, sampling = render_reply_prompt(tokenizer, turns, sampling, model.config.sequence_len)
     engine = Engine(model, tokenizer, num_slots=NUM_SLOTS, max_len=model.config.sequence_len, calculator=calculate)
-    (seq_id,) = engine.submit(Prompt("", tuple(ids)), sampling, seed=11)
-    while not engine.is_idle:
-        engine.step()
+    ((completion,),) = engine.generate([Prompt("", tuple(ids))], replace(sampling, seed=11))
     stream = AnswerStream(tokenizer)
-    expected = stream.push(engine.completion(seq_id).token_ids) + stream.finish()
+    expected = stream.push(completion.token_ids) + stream.finish()
     answer = client.chat.completions.create(
         model="tiny", messages=[{"role": "user", "content": "sing a song"}], temperature=0.9, max_tokens=50, seed=11
     )

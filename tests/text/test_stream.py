@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayllm.text.stream import StreamDecoder
+from rayllm.text.chat import answer_text
+from rayllm.text.stream import AnswerStream, StreamDecoder
 from rayllm.text.tokenizer import Tokenizer
 
 BYTES = Tokenizer.byte_level()
@@ -52,3 +53,38 @@ def test_what_was_never_finished_comes_out_at_the_end_and_is_forgotten() -> None
     assert decoder.flush() == ""
     assert decoder.push([ord("b")]) == "b"
     assert decoder.push([]) == ""
+
+
+# --- AnswerStream -----------------------------------------------------------------------------------------------------
+
+ANSWERS = st.lists(st.integers(0, BYTES.vocab_size - 1) | st.sampled_from(BYTES.encode("né 12")), max_size=40)
+ENDS = {BYTES.bos_id, BYTES.special_id("<|assistant_end|>")}
+
+
+@given(ANSWERS)
+def test_streamed_prose_is_the_answer_text(token_ids: list[int]) -> None:
+    token_ids = [i for i in token_ids if i not in ENDS]  # an engine ends with these
+    stream = AnswerStream(BYTES)
+    streamed = "".join(stream.push([i]) for i in token_ids) + stream.finish()
+    assert streamed == answer_text(BYTES, token_ids, [True] * len(token_ids))
+
+
+@given(
+    text=st.text(alphabet="abé", max_size=30),
+    stop=st.lists(st.text(alphabet="abé", min_size=1, max_size=4), max_size=3),
+    chunk=st.integers(1, 5),
+)
+def test_a_stop_text_is_found_wherever_it_is_cut(text: str, stop: list[str], chunk: int) -> None:
+    found = [text.find(s) for s in stop if s in text]
+    ids = BYTES.encode(text)
+    stream = AnswerStream(BYTES, stop)
+    pieces = [stream.push(ids[i : i + chunk]) for i in range(0, len(ids), chunk)]
+    # What is found first in time need not begin first in the text: the stop that is complete first counts.
+    ends = [text.find(s) + len(s) for s in stop if s in text]
+    streamed = "".join(pieces) + stream.finish()
+    assert stream.is_stopped == bool(found)
+    if not found:
+        assert streamed == text
+    else:
+        assert text.startswith(streamed) and min(found) <= len(streamed) <= min(ends)
+        assert not any(s in streamed for s in stop)
