@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import ast
 import operator
 import sys
 import threading
 import time
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -89,7 +91,13 @@ def test_bounds() -> None:
     assert calculate(f"1/{largest}/{largest}") is None
 
 
-HOSTILE = st.text(alphabet="0123456789+-*/%().,'\"count e_\\\x00\n", max_size=60) | st.text(max_size=60)
+# Of its own words, so that many of them are read to the end.
+_WORDS = ["1", "0", "2.5", "1,800", ".5", "+", "-", "*", "/", "//", "%", "(", ")", "'ab'", ".count(", "'b')", " ", "**"]
+HOSTILE = (
+    st.lists(st.sampled_from(_WORDS), max_size=40).map("".join)
+    | st.text(alphabet="0123456789+-*/%().,'\"count e_\\\x00\n", max_size=60)
+    | st.text(max_size=60)
+)
 
 
 @given(HOSTILE)
@@ -111,6 +119,13 @@ def test_never_raises_and_never_is_slow(expression: str) -> None:
     assert value is None or Fraction(value) is not None
 
 
+WHOLE_MARKS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+}
 MARKS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 _NUMBERS = st.integers(0, 10**6).map(str) | st.decimals(0, 1000, places=2).map(lambda number: f"{number:f}")
 _EXPRESSIONS = st.recursive(
@@ -132,6 +147,35 @@ def test_agrees_with_exact_arithmetic(expression: str) -> None:
     elif value is not None:  # else it went beyond the bounds
         assert abs(Fraction(value) - exact) <= Fraction(1, 2 * 10**10)
         assert (exact.denominator == 1) <= ("." not in value)
+
+
+_WHOLE = st.recursive(
+    st.integers(0, 10**9).map(str) | st.integers(1000, 10**9).map("{:,}".format),
+    lambda inner: (
+        st.tuples(inner, st.sampled_from(["+", "-", "*", "//", "%"]), inner).map(lambda t: f"({t[0]} {t[1]} {t[2]})")
+        | inner.map("(-{})".format)
+    ),
+    max_leaves=8,
+)
+
+
+@given(_WHOLE)
+def test_whole_numbers_stay_whole_and_are_those_of_python(expression: str) -> None:
+    """Python's own arithmetic on the same text, which holds nothing but digits, marks and brackets."""
+    value = calculate(expression)
+    if value is not None:  # else it divided by zero, or went beyond the bounds
+        assert str(int(value)) == value
+        assert int(value) == _whole_value(ast.parse(expression.replace(",", ""), mode="eval").body)
+
+
+def _whole_value(node: ast.expr) -> int:
+    if isinstance(node, ast.Constant):
+        assert isinstance(node.value, int)
+        return node.value
+    if isinstance(node, ast.UnaryOp):
+        return -_whole_value(node.operand)
+    assert isinstance(node, ast.BinOp)
+    return WHOLE_MARKS[type(node.op)](_whole_value(node.left), _whole_value(node.right))
 
 
 def _by_shunting_yard(expression: str) -> Fraction | None:

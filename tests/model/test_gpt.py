@@ -1,4 +1,4 @@
-"""The model against itself: decode equals the full forward, whatever the shape, the window and the chunks."""
+"""The model: its attention by definition, its weights, losses and shapes. Decoding is tested in tests/engine."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from rayllm.model.attention import attend
 from rayllm.model.config import GPTConfig
 from rayllm.model.gpt import GPT
-from rayllm.model.kv_cache import KVCache
 
 
 def tiny_model(seed: int = 0, **shape) -> GPT:
@@ -28,79 +25,6 @@ def tiny_model(seed: int = 0, **shape) -> GPT:
 
 def random_tokens(model: GPT, num_rows: int, num_tokens: int) -> torch.Tensor:
     return torch.randint(model.config.vocab_size, (num_rows, num_tokens), generator=torch.Generator().manual_seed(1))
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    pattern=st.sampled_from(["L", "S", "SL", "SSSL", "LS"]),
-    num_layers=st.integers(1, 5),
-    heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (4, 4), (6, 3)]),
-    chunks=st.lists(st.integers(1, 90), min_size=1, max_size=6),
-)
-def test_decode_matches_prefill(pattern, num_layers, heads, chunks) -> None:
-    """Windows of the pattern S are 128 tokens here, so the longer of these sequences slide out of them."""
-    num_heads, num_kv_heads = heads
-    model = tiny_model(
-        sequence_len=160,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        d_model=12 * num_heads if num_heads > 1 else 24,
-        window_pattern=pattern,
-    )
-    tokens_BT = random_tokens(model, 2, sum(chunks))
-    cache = KVCache(model.config, num_rows=2, capacity=sum(chunks), device="cpu", dtype=torch.float64)
-    with torch.no_grad():
-        full_BTV = model(tokens_BT)
-        parts = [model(chunk, cache=cache) for chunk in tokens_BT.split(chunks, dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), full_BTV, atol=1e-10, rtol=0)
-
-
-def test_decode_token_by_token_beyond_every_window() -> None:
-    model = tiny_model(sequence_len=130, window_pattern="SL")
-    tokens_BT = random_tokens(model, 1, 300)
-    cache = KVCache(model.config, num_rows=1, capacity=300, device="cpu", dtype=torch.float64)
-    with torch.no_grad():
-        full_BTV = model(tokens_BT)
-        parts = [model(tokens_BT[:, t : t + 1], cache=cache) for t in range(300)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), full_BTV, atol=1e-10, rtol=0)
-
-
-@pytest.mark.parametrize("pattern", ["L", "SSL"])
-@pytest.mark.parametrize("num_kv_heads", [1, 2])
-def test_rows_of_different_lengths_decode_together(pattern, num_kv_heads) -> None:
-    """One row is a copy of a prompt, one is its own, one is empty: each goes on as if it were alone."""
-    model = tiny_model(sequence_len=130, num_heads=2, num_kv_heads=num_kv_heads, d_model=24, window_pattern=pattern)
-    tokens_BT = random_tokens(model, 3, 200)
-    starts = [150, 140, 0]
-    cache = KVCache(model.config, num_rows=4, capacity=200, device="cpu", dtype=torch.float64)
-    with torch.no_grad():
-        for row_idx, start in enumerate(starts[:2]):
-            prompt = KVCache(model.config, num_rows=1, capacity=start, device="cpu", dtype=torch.float64)
-            model(tokens_BT[row_idx : row_idx + 1, :start], cache=prompt)
-            cache.copy_row(row_idx, prompt, 0)
-        decoded = []
-        for chunk in (1, 1, 5, 20, 1):
-            rows = [t[start : start + chunk] for t, start in zip(tokens_BT, starts, strict=True)]
-            decoded.append(model(torch.stack(rows), cache=cache.first(3)))
-            starts = [start + chunk for start in starts]
-        decoded_BTV, full_BTV = torch.cat(decoded, dim=1), model(tokens_BT)
-    assert cache.lengths.tolist() == [*starts, 0]
-    for row_idx, end in enumerate(starts):
-        torch.testing.assert_close(decoded_BTV[row_idx], full_BTV[row_idx, end - 28 : end], atol=1e-10, rtol=0)
-
-
-def test_a_cleared_row_leaves_nothing_behind() -> None:
-    model = tiny_model()
-    tokens_BT = random_tokens(model, 2, 12)
-    cache = KVCache(model.config, num_rows=2, capacity=20, device="cpu", dtype=torch.float64)
-    with torch.no_grad():
-        model(tokens_BT, cache=cache)
-        cache._k_LBSKE[:, 1, :12] = torch.nan
-        cache.clear_row(1)
-        decoded = [model(tokens_BT.roll(-t, 1)[:, :1], cache=cache) for t in range(5)]
-        full_BTV = model(tokens_BT[1:])
-    torch.testing.assert_close(torch.cat(decoded, dim=1)[1:], full_BTV[:, :5], atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize("window", [0, 1, 3, 7, 100])
@@ -187,12 +111,8 @@ def test_bfloat16_compute_stays_near_float32() -> None:
     assert (exact_BTV - rough_BTV).abs().mean() < 0.05 * exact_BTV.std()
 
 
-def test_a_full_cache_and_a_too_long_sequence_are_refused() -> None:
+def test_a_too_long_sequence_is_refused() -> None:
     model = tiny_model()
-    cache = KVCache(model.config, num_rows=1, capacity=4, device="cpu", dtype=torch.float64)
-    with pytest.raises(ValueError, match="holds 0 of 4 tokens, no room for 5 more"):
-        model(random_tokens(model, 1, 5), cache=cache)
-    assert cache.lengths[0] == 0
     with pytest.raises(ValueError, match="longer than the 320 positions"):
         model(random_tokens(model, 1, 321))
 
