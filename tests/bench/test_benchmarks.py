@@ -1,0 +1,27 @@
+"""Benchmarks run and say what they promise; how fast anything is, no test asserts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent
+ENGINE_KEYS = {f"{name}.d{depth}" for name in ("speedup", "speedup_same_dtype", "limit_share") for depth in (4, 8)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "keys"), [("bench_engine.py", ENGINE_KEYS)])
+def test_the_last_line_is_the_result(script: str, keys: set[str]) -> None:
+    if not (Path(os.environ.get("RAYLLM_DATA_DIR", "")) / "gsm8k").is_dir():
+        pytest.skip("RAYLLM_DATA_DIR has no gsm8k, whose prompts and lengths this benchmark is made of")
+    done = subprocess.run(
+        [sys.executable, str(BENCH / script), "--quick"], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result.keys() == keys and all(value > 0 for value in result.values())
