@@ -15,6 +15,7 @@ from rayllm.engine.graphs import DecodeGraphs
 from rayllm.engine.scheduler import Chunk, Keep, Move, PromptCopy, Start, batches
 from rayllm.engine.sequence import SequenceState
 from rayllm.engine.views import ChunkView, DecodeInput, DecodeView
+from rayllm.model.attention import FlashFunction, load_flash
 from rayllm.model.gpt import GPT
 from rayllm.model.kv_cache import KVCache
 
@@ -27,19 +28,31 @@ GRAPH_KEYS_PER_BUCKET, GRAPH_ROWS_PER_BUCKET = 128, 32
 class ModelRunner:
     """A model, a cache of `num_prompts` prompts and one of what `num_slots` rows add to theirs, each of up to `max_len`
     tokens; and what each prompt and row would say next. Prompts are fed at most `chunk_len` tokens at once, rows
-    `row_chunk_len`.
+    `row_chunk_len`. `flash` (None: what is installed) attends to what rows added.
 
     On a GPU decode steps are replayed as CUDA graphs.
     """
 
     def __init__(
-        self, model: GPT, *, num_slots: int, num_prompts: int, max_len: int, chunk_len: int, row_chunk_len: int
+        self,
+        model: GPT,
+        *,
+        num_slots: int,
+        num_prompts: int,
+        max_len: int,
+        chunk_len: int,
+        row_chunk_len: int,
+        flash: FlashFunction | None = None,
     ) -> None:
         self.model = model
         device, dtype = model.lm_head.weight.device, model.compute_dtype or model.lm_head.weight.dtype
+        self._flash = flash or load_flash(device, dtype)
         self.prompts, self.rows = (
-            KVCache(model.config, num_rows, max_len, chunk_len=most, device=device, dtype=dtype)
-            for num_rows, most in ((num_prompts, chunk_len), (num_slots, row_chunk_len))
+            KVCache(model.config, num_rows, max_len, chunk_len=most, rings=rings, device=device, dtype=dtype)
+            for num_rows, most, rings in (
+                (num_prompts, chunk_len, True),
+                (num_slots, row_chunk_len, self._flash is None),
+            )
         )
         self._prompt_logits: dict[int, Tensor] = {}
         self._row_logits: dict[int, Tensor] = {}  # of rows that have come since the last decode step
@@ -170,7 +183,7 @@ class ModelRunner:
             rows_PR=self._send(rows_PR),
             first_prompt=first_prompt,
             num_prompt_keys=self._num_keys(int(numbers_5B[3].max())),
-            num_keys=self._num_keys(int(own_B.max()) + 1),
+            num_keys=self._num_keys(int(own_B.max()) + 1) if self._flash is None else self.rows.max_len,
             shortest=0 if is_static else int(own_B.min()) + 1,
         )
 
@@ -179,7 +192,7 @@ class ModelRunner:
         return min(self.rows.max_len, _round_up(longest, bucket))
 
     def _run_decode(self, given: DecodeInput) -> Tensor:
-        view = DecodeView(self.prompts, self.rows, given)
+        view = DecodeView(self.prompts, self.rows, given, self._flash)
         return self.model.logits(self.model.hidden(view.tokens_B[:, None], view)[:, 0])
 
     def _send(self, numbers: np.ndarray) -> Tensor:

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from rayllm.engine.scheduler import Chunk
-from rayllm.model.attention import attend, attend_to_part, join_parts, visibility
+from rayllm.model.attention import (
+    FlashFunction,
+    attend,
+    attend_to_part,
+    attend_with_flash,
+    join_parts,
+    visibility,
+)
 from rayllm.model.kv_cache import KVCache, held_positions
 
 
@@ -114,6 +121,8 @@ class DecodeView:
     prompts: KVCache
     rows: KVCache
     input: DecodeInput
+    flash: FlashFunction | None = None
+    """Attends to what rows added to their prompts, if given; their cache has no rings then."""
     _masks: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -123,15 +132,18 @@ class DecodeView:
         self._rows_B = torch.arange(position_B.size(0), device=position_B.device)
 
     def attend(self, layer_idx: int, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
-        given, num_rows = self.input, q_BTHE.size(0)
-        self.rows.store(layer_idx, self._rows_B, self._own_position_B, k_BTKE[:, 0], v_BTKE[:, 0])
-        window = self.rows.config.windows[layer_idx]
+        given, window = self.input, self.rows.config.windows[layer_idx]
         num_keys = min(given.num_keys, self.rows.capacity(layer_idx))
         num_prompt_keys = min(given.num_prompt_keys, self.prompts.capacity(layer_idx))
         if window not in self._masks:
             self._masks[window] = self._visible(layer_idx, window, num_keys, num_prompt_keys, q_BTHE.dtype)
         prompt_mask_PRS, mask_BTS = self._masks[window]
-        own = attend_to_part(q_BTHE, *self.rows.read(layer_idx, slice(0, num_rows), num_keys), mask_BTS)
+        cached = self.rows.read(layer_idx, slice(0, q_BTHE.size(0)), num_keys)
+        if self.flash is not None:
+            own = attend_with_flash(self.flash, q_BTHE, cached, (k_BTKE, v_BTKE), self._own_position_B, window)
+        else:
+            self.rows.store(layer_idx, self._rows_B, self._own_position_B, k_BTKE[:, 0], v_BTKE[:, 0])
+            own = attend_to_part(q_BTHE, *cached, mask_BTS)
         if given.shortest > window:  # all look back to nothing but their own
             return own[0]
         chosen = slice(given.first_prompt, given.first_prompt + given.rows_PR.size(0))

@@ -5,6 +5,8 @@ Shapes: B rows, T queries, S keys, H query heads, K kv heads, E head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -64,6 +66,45 @@ def attend_by_products(q_BKQE: Tensor, k_BKSE: Tensor, v_BKSE: Tensor, mask_B1QS
     scores_BKQS = (q_BKQE @ k_BKSE.transpose(-1, -2)).float() * q_BKQE.size(-1) ** -0.5 + mask_B1QS
     share_BKQ = scores_BKQS.logsumexp(dim=-1)
     return (scores_BKQS - share_BKQ[..., None]).exp().to(v_BKSE.dtype) @ v_BKSE, share_BKQ
+
+
+FlashFunction = Callable[..., tuple[Tensor, Tensor]]
+"""`flash_attn_with_kvcache` of FlashAttention 2 (Dao 2023)."""
+
+
+def load_flash(device: torch.device, dtype: torch.dtype) -> FlashFunction | None:
+    """FlashAttention's decode kernel, where it is installed and computes in `dtype` on `device`."""
+    is_able = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    if not is_able or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from flash_attn import flash_attn_with_kvcache
+    except ImportError:  # not installed, or built for another torch
+        return None
+    flash: FlashFunction = flash_attn_with_kvcache
+    return flash
+
+
+def attend_with_flash(
+    flash: FlashFunction,
+    q_BTHE: Tensor,
+    cached: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
+    lengths_B: Tensor,
+    window: int,
+) -> tuple[Tensor, Tensor]:
+    """Store new keys and values behind the first `lengths_B` of the cached ones, position p in slot p, and attend to
+    what the window holds, in one kernel; returns what `attend_to_part` does."""
+    y_BTHE, share_BHT = flash(
+        q_BTHE,
+        *cached,
+        *new,
+        cache_seqlens=lengths_B.int(),
+        causal=True,
+        window_size=(window, 0),
+        return_softmax_lse=True,
+    )
+    return y_BTHE, share_BHT.transpose(1, 2)
 
 
 def join_parts(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Tensor:

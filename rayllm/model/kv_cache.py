@@ -32,6 +32,7 @@ class CacheView(Protocol):
 
 class KVCache:
     """Keys and values of `num_rows` sequences of up to `max_len` tokens, fed at most `chunk_len` (None: all) at once.
+    Without `rings` every layer keeps all of them, position p in slot p.
 
     Raises ValueError where `max_len` is more positions than the model has.
     """
@@ -43,6 +44,7 @@ class KVCache:
         max_len: int,
         *,
         chunk_len: int | None = None,
+        rings: bool = True,
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
@@ -55,7 +57,8 @@ class KVCache:
         self.chunk_len = min(chunk_len or max_len, max_len)
         self.layers: list[tuple[Tensor, Tensor]] = []
         for window in config.windows:
-            shape = (num_rows, min(max_len, window + self.chunk_len), config.num_kv_heads, config.head_dim)
+            capacity = min(max_len, window + self.chunk_len) if rings else max_len
+            shape = (num_rows, capacity, config.num_kv_heads, config.head_dim)
             self.layers.append(
                 (torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
             )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from rayllm.config.schema import SamplingConfig
 from rayllm.engine.prefixes import Prefix
@@ -127,7 +128,7 @@ def build_sequence(prompt_ids: tuple[int, ...], prompt_row: int, token_ids: tupl
     request = Request(Prompt("p", prompt_ids), SamplingConfig())
     dialect = Dialect(frozenset(), -1, -2)
     sequence = SequenceState(Handle(request), prompt_ids, 0, request.sampling, 0, 400, dialect)
-    sequence.prefix = Prefix(prompt_row, prompt_ids, len(prompt_ids), 1)
+    sequence.prefix = Prefix(prompt_row, prompt_ids, must_clear=False, num_cached=len(prompt_ids), num_users=1)
     sequence.num_cached = len(prompt_ids)
     sequence.token_ids = list(token_ids)
     return sequence
@@ -139,12 +140,40 @@ def run_prompt(runner: ModelRunner, row_idx: int, token_ids: tuple[int, ...], st
         runner.run([Chunk(row_idx, at, token_ids[at:end], token_ids[at - 1] if at else -1)])
 
 
+def flash_by_its_documentation(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cache_seqlens: Tensor,
+    causal: bool,
+    window_size: tuple[int, int],
+    return_softmax_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    """What flash_attn_with_kvcache says it does, for one new token of each row: stores it, looks at the whole of the
+    cache, and returns (B, 1, H, E) and (B, H, 1)."""
+    assert q.size(1) == k.size(1) == 1 and causal and window_size[1] == 0 and return_softmax_lse
+    assert cache_seqlens.dtype == torch.int32 and k_cache.size(1) > int(cache_seqlens.max())
+    rows, slots = torch.arange(q.size(0)), cache_seqlens.long()
+    k_cache[rows, slots], v_cache[rows, slots] = k[:, 0], v[:, 0]
+    keys, values = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k_cache, v_cache))
+    ago_BS = slots[:, None] - torch.arange(k_cache.size(1))
+    scores_BHS = torch.einsum("bhe,bshe->bhs", q[:, 0], keys) * q.size(-1) ** -0.5
+    scores_BHS = scores_BHS.masked_fill(((ago_BS < 0) | (ago_BS > window_size[0]))[:, None], -torch.inf)
+    share_BH1 = scores_BHS.logsumexp(-1, keepdim=True)
+    return torch.einsum("bhs,bshe->bhe", (scores_BHS - share_BH1).exp(), values)[:, None], share_BH1
+
+
+@pytest.mark.parametrize("flash", [None, flash_by_its_documentation])
 @pytest.mark.parametrize("pattern", ["L", "S", "LS"])
 @pytest.mark.parametrize("heads", [(2, 1), (4, 4)])
-def test_rows_decode_beyond_every_window_whatever_lies_beside_them(lab, pattern, heads) -> None:
+def test_rows_decode_beyond_every_window_whatever_lies_beside_them(lab, pattern, heads, flash) -> None:
     """Two rows share a prompt, one has another; they start at different times, one leaves, and its place is taken."""
     model = build_model(lab, pattern, heads)
-    runner = ModelRunner(model, num_slots=4, num_prompts=3, max_len=310, chunk_len=16, row_chunk_len=5)
+    sizes = {"num_slots": 4, "num_prompts": 3, "max_len": 310, "chunk_len": 16, "row_chunk_len": 5}
+    runner = ModelRunner(model, **sizes, flash=flash)
     long, short = random_tokens(150, 1), random_tokens(3, 2)
     run_prompt(runner, 2, long)
     run_prompt(runner, 0, short)

@@ -9,7 +9,7 @@ import torch
 
 from rayllm.config.schema import SamplingConfig
 from rayllm.engine.engine import Engine
-from rayllm.model.attention import attend_to_part, join_parts, visibility
+from rayllm.model.attention import attend_to_part, attend_with_flash, join_parts, load_flash, visibility
 from rayllm.model.config import GPTConfig
 from rayllm.model.gpt import GPT
 from rayllm.text.tokenizer import Tokenizer
@@ -137,3 +137,24 @@ def test_attention_to_parts_equals_the_definition(dtype, atol, num_heads, num_kv
     joined = join_parts(*found).cpu().double()
     expected = torch.einsum("bhts,bshe->bthe", scores_BHTS.softmax(-1), v64)
     torch.testing.assert_close(joined, expected, atol=atol, rtol=atol)
+
+
+@pytest.mark.parametrize("window", [0, 40, 1000])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+def test_flash_attention_equals_plain_products(window: int, num_kv_heads: int) -> None:
+    flash = load_flash(torch.device("cuda"), torch.bfloat16)
+    if flash is None:
+        pytest.skip("FLASH-ATTN IS NOT INSTALLED, or this GPU is too old for it: its path goes untested")
+    torch.manual_seed(0)
+    cached = [torch.randn(5, 300, num_kv_heads, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    new = [torch.randn(5, 1, num_kv_heads, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    q_B1HE = torch.randn(5, 1, 4, 64, device="cuda", dtype=torch.bfloat16)
+    lengths_B = torch.tensor([0, 1, 39, 200, 299], device="cuda")
+    y, share = attend_with_flash(flash, q_B1HE, (cached[0], cached[1]), (new[0], new[1]), lengths_B, window)
+    for stored, added in zip(cached, new, strict=True):
+        assert torch.equal(stored[torch.arange(5), lengths_B], added[:, 0]), "it stores what is new"
+    ago_BS = lengths_B[:, None] - torch.arange(300, device="cuda")
+    mask_BTS = visibility((ago_BS >= 0) & (ago_BS <= window), torch.bfloat16)[:, None]
+    expected_y, expected_share = attend_to_part(q_B1HE, cached[0], cached[1], mask_BTS)
+    torch.testing.assert_close(y, expected_y, atol=3e-2, rtol=3e-2)
+    torch.testing.assert_close(share.float(), expected_share.float(), atol=3e-2, rtol=1e-2)
