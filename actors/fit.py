@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import errno
 import sys
-import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -153,7 +151,7 @@ def plan_placement(workers: WorkersConfig, ray_cluster: cluster.Cluster) -> Scal
 def _train(stage: str, run_worker: RunWorker, config: FitConfig, run_path: Path, placement: ScalingConfig) -> Metrics:
     """Run the workers to the end, starting them again from the last checkpoint when one dies."""
     for num_failures in range(config.workers.max_failures + 1):
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             _worker,
             train_loop_config={"run_worker": run_worker, "config": config, "run_path": str(run_path.resolve())},
             scaling_config=placement,
@@ -167,7 +165,7 @@ def _train(stage: str, run_worker: RunWorker, config: FitConfig, run_path: Path,
             ),
         )
         try:
-            return _fit(trainer).return_value
+            return trainer.fit().return_value
         except TrainingFailedError as failure:
             cause = _root_cause(failure)
             if _is_fatal(cause) or num_failures == config.workers.max_failures:
@@ -180,18 +178,12 @@ def _train(stage: str, run_worker: RunWorker, config: FitConfig, run_path: Path,
     raise AssertionError("unreachable: the last failure is raised")
 
 
-def _fit(trainer: TorchTrainer) -> ray.train.Result:
-    """`trainer.fit()` beside the main thread, where Ray Train would take Ctrl-C for itself."""
-    outcome: Future[ray.train.Result] = Future()
+class _Trainer(TorchTrainer):
+    """One that leaves Ctrl-C to us: it then ends the run like any other stage. Ray's own handler exits with 0 or 1, and
+    keeping it out by a thread would leave that thread within Ray while Ray is shut down, which ends the process."""
 
-    def fit() -> None:
-        try:
-            outcome.set_result(trainer.fit())
-        except Exception as error:  # noqa: BLE001 - handed over whole, and raised by result()
-            outcome.set_exception(error)
-
-    threading.Thread(target=fit, name="ray-train", daemon=True).start()
-    return outcome.result()
+    def _register_sigint_handler(self, controller: Any) -> None:
+        pass
 
 
 def _worker(loop_config: dict[str, Any]) -> Metrics:
