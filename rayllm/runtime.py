@@ -80,7 +80,8 @@ def build_runtime(
 
 def cpu_prefers_bfloat16(cpuinfo: str) -> bool:
     """Whether a CPU multiplies bfloat16 faster than float32, by Linux's /proc/cpuinfo: with AMX, or AMD's AVX512-BF16
-    (2.5 times, as reported for an EPYC). Intel's AVX512-BF16 alone is half as fast as float32 (measured on Emerald Rapids)."""
+    (2.5 times, as reported for an EPYC). Intel's AVX512-BF16 alone is half as fast as float32, measured on Emerald
+    Rapids."""
     flags = set(cpuinfo.partition("flags")[2].partition("\n")[0].split())
     return "amx_bf16" in flags or ("AuthenticAMD" in cpuinfo and "avx512_bf16" in flags)
 
