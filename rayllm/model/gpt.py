@@ -4,7 +4,7 @@ A GPT after nanochat (github.com/karpathy/nanochat): rotary positions, QK norm, 
 value embeddings, smear, backout, and learned scalars on the residual stream. No bias, no dropout, no norm weights.
 Parameter names are nanochat's, so that checkpoints travel both ways.
 
-Shapes: B rows, T tokens, D model, H query heads, K kv heads, E head dim, V vocab, L layers.
+Shapes: B rows, T tokens, D model, H query heads, K kv heads, E head dim, V vocab, L layers, N positions with a target.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from rayllm.model.attention import attend
+from rayllm.model.backends import Attend, attend_with_sdpa
 from rayllm.model.config import POSITIONS_PER_ROW, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
+from rayllm.model.head import capped_logits, log_probs, summed_nll
 from rayllm.model.kv_cache import CacheView
+from rayllm.model.segments import Segments
 
 IGNORE_INDEX = -1
 ROPE_BASE = 100_000.0
 QK_SCALE = 1.2
-LOGIT_CAP = 15.0
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -40,6 +42,14 @@ class Angles(NamedTuple):
 
     cos: Tensor
     sin: Tensor
+
+
+class Seen(NamedTuple):
+    """What a forward's tokens look back to: what a cache holds, or the rows themselves or segments of them."""
+
+    attend: Attend
+    cache: CacheView | None
+    segments: Segments | None
 
 
 class Linear(nn.Linear):
@@ -69,7 +79,7 @@ class Attention(nn.Module):
         self.ve_gate = Linear(VE_GATE_CHANNELS, config.num_kv_heads) if has_value_embed else None
         self.qkv_weight: Tensor | None = None
 
-    def forward(self, h_BTD: Tensor, value_embed: Tensor | None, angles: Angles, cache: CacheView | None) -> Tensor:
+    def forward(self, h_BTD: Tensor, value_embed: Tensor | None, angles: Angles, seen: Seen) -> Tensor:
         heads = (*h_BTD.shape[:2], -1, self.head_dim)
         if self.qkv_weight is not None:
             qkv = F.linear(h_BTD, self.qkv_weight).view(heads)
@@ -82,10 +92,10 @@ class Attention(nn.Module):
         if self.ve_gate is not None and value_embed is not None:
             gate_BTK1 = 3 * torch.sigmoid(self.ve_gate(h_BTD[..., :VE_GATE_CHANNELS])).unsqueeze(-1)
             v_BTKE = v_BTKE + gate_BTK1 * value_embed.view(heads)
-        if cache is None:
-            y_BTHE = attend(q_BTHE, k_BTKE, v_BTKE, self.window)
+        if seen.cache is None:
+            y_BTHE = seen.attend(q_BTHE, k_BTKE, v_BTKE, self.window, seen.segments)
         else:
-            y_BTHE = cache.attend(self.layer_idx, q_BTHE, k_BTKE, v_BTKE)
+            y_BTHE = seen.cache.attend(self.layer_idx, q_BTHE, k_BTKE, v_BTKE)
         return self.c_proj(y_BTHE.flatten(2))
 
     @torch.no_grad()
@@ -110,22 +120,31 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention then MLP, each on the normed stream and added to it."""
+    """Attention then MLP, each on the normed stream and added to it; the stream is first mixed with where it began."""
 
     def __init__(self, config: GPTConfig, layer_idx: int) -> None:
         super().__init__()
         self.attn = Attention(config, layer_idx)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, value_embed: Tensor | None, angles: Angles, cache: CacheView | None) -> Tensor:
-        x_BTD = x_BTD + self.attn(norm(x_BTD), value_embed, angles, cache)
+    def forward(
+        self,
+        streams: tuple[Tensor, Tensor],
+        mix: tuple[Tensor, Tensor],
+        value_embed: Tensor | None,
+        angles: Angles,
+        seen: Seen,
+    ) -> Tensor:
+        x_BTD = mix[0] * streams[0] + mix[1] * streams[1]
+        x_BTD = x_BTD + self.attn(norm(x_BTD), value_embed, angles, seen)
         return x_BTD + self.mlp(norm(x_BTD))
 
 
 class GPT(nn.Module):
     """The model. Weights are made uninitialised; call `init_weights` or load a state dict.
 
-    `compute_dtype` is the dtype of activations; None: that of the weights.
+    `compute_dtype` is the dtype of activations; None: that of the weights. For training, `attend` is the kernel, and
+    `recompute_blocks` keeps only each block's input for backward and computes the block once more there.
     """
 
     cos_SE: Tensor
@@ -135,6 +154,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
+        self.attend: Attend = attend_with_sdpa
+        self.recompute_blocks = False
         num_rows = config.padded_vocab_size
         blocks = nn.ModuleList([Block(config, i) for i in range(config.num_layers)])
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(num_rows, config.d_model), "h": blocks})
@@ -161,46 +182,60 @@ class GPT(nn.Module):
     def forward(
         self,
         tokens_BT: Tensor,
-        targets_BT: Tensor | None = None,
+        targets: Tensor | None = None,
         reduction: Reduction = "mean",
         cache: CacheView | None = None,
+        *,
+        segments: Segments | None = None,
+        target_idx_N: Tensor | None = None,
+        weights_N: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V) in at least float32; with targets their negative log-likelihood in nats.
 
-        Targets of -1 are ignored; `reduction="none"` keeps the shape (B, T), 0 where ignored. With a cache the tokens
-        continue what it holds. Raises ValueError for a sequence longer than the rotary tables.
+        Targets (B, T) of -1 are ignored; `reduction="none"` keeps the shape, 0 where ignored. Targets (N,) are those of
+        the positions `target_idx_N` among all B T, which may repeat (None: of all in order), and are not searched for
+        -1. `weights_N`, constants, weigh a sum of N. With a cache the tokens continue what it holds; with segments the
+        rows hold sequences that do not see each other. Raises ValueError for a sequence longer than the rotary tables.
         """
-        logits_BTV = self.logits(self.hidden(tokens_BT, cache))
-        if targets_BT is None:
-            return logits_BTV
-        nll = F.cross_entropy(
-            logits_BTV.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORE_INDEX, reduction=reduction
-        )
-        return nll.view_as(targets_BT) if reduction == "none" else nll
+        x_BTD = self.hidden(tokens_BT, cache, segments)
+        if targets is None:
+            return self.logits(x_BTD)
+        targets_N = targets.flatten()
+        if targets.dim() == 2 and bool((targets == IGNORE_INDEX).any()):
+            target_idx_N = (targets_N != IGNORE_INDEX).nonzero().squeeze(1)
+            targets_N = targets_N[target_idx_N]
+        x_ND = x_BTD.flatten(0, 1) if target_idx_N is None else x_BTD.flatten(0, 1)[target_idx_N]
+        head = (self.lm_head.weight, targets_N, self.config.vocab_size)
+        if reduction != "none":
+            total = summed_nll(x_ND, *head, weights_N)
+            return total / len(targets_N) if reduction == "mean" else total
+        nll_N = -log_probs(x_ND, *head)[0]
+        if targets.dim() == 2 and target_idx_N is not None:
+            nll_N = nll_N.new_zeros(targets.numel()).index_put((target_idx_N,), nll_N)
+        return nll_N.view_as(targets)
 
-    def hidden(self, tokens_BT: Tensor, cache: CacheView | None = None) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, cache: CacheView | None = None, segments: Segments | None = None) -> Tensor:
         """What the head reads: the normed stream (B, T, D) behind the last block."""
         dtype = self.compute_dtype or self.lm_head.weight.dtype
-        angles = self._angles(tokens_BT.size(1), cache, dtype)
-        x_BTD = self._embed(tokens_BT, dtype)
-        x0_BTD = x_BTD = self._smear(x_BTD, cache)
+        angles = self._angles(tokens_BT, cache, segments, dtype)
+        seen = Seen(self.attend, cache, segments)
+        x0_BTD = x_BTD = self._smear(self._embed(tokens_BT, dtype), cache, segments)
         x_mid_BTD = x_BTD
         for i, block in enumerate(self.blocks):
-            x_BTD = self.resid_lambdas[i] * x_BTD + self.x0_lambdas[i] * x0_BTD
+            mix = (self.resid_lambdas[i], self.x0_lambdas[i])
             value_embed = self.value_embeds[str(i)](tokens_BT).to(dtype) if str(i) in self.value_embeds else None
-            x_BTD = block(x_BTD, value_embed, angles, cache)
+            inputs = ((x_BTD, x0_BTD), mix, value_embed, angles, seen)
+            if self.recompute_blocks and torch.is_grad_enabled():
+                x_BTD = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                x_BTD = block(*inputs)
             if i == self.config.num_layers // 2:
                 x_mid_BTD = x_BTD
         return norm(x_BTD - self.backout_lambda.to(dtype) * x_mid_BTD)
 
     def logits(self, x_xD: Tensor) -> Tensor:
         """Logits (..., V) of a hidden state of any leading dimensions, capped, in at least float32."""
-        # The padding rows of the vocabulary never compete: they are cut off before the cap.
-        logits_xV = F.linear(x_xD, self.lm_head.weight[: self.config.vocab_size].to(x_xD.dtype))
-        logits_xV = logits_xV.to(torch.promote_types(logits_xV.dtype, torch.float32))
-        if not torch.is_grad_enabled():  # in place: logits are the largest tensor there is
-            return logits_xV.div_(LOGIT_CAP).tanh_().mul_(LOGIT_CAP)
-        return LOGIT_CAP * torch.tanh(logits_xV / LOGIT_CAP)
+        return capped_logits(x_xD, self.lm_head.weight, self.config.vocab_size)
 
     @torch.no_grad()
     def lay_out_for_inference(self) -> GPT:
@@ -216,18 +251,27 @@ class GPT(nn.Module):
     def _embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         return norm(self.wte(tokens).to(dtype))
 
-    def _angles(self, num_tokens: int, cache: CacheView | None, dtype: torch.dtype) -> Angles:
-        if cache is None and num_tokens > self.config.max_positions:
+    def _angles(
+        self, tokens_BT: Tensor, cache: CacheView | None, segments: Segments | None, dtype: torch.dtype
+    ) -> Angles:
+        longest = tokens_BT.size(1) if segments is None else segments.max_positions
+        if cache is None and longest > self.config.max_positions:
             raise ValueError(
-                f"sequence of {num_tokens} tokens is longer than the {self.config.max_positions} positions this model "
+                f"sequence of {longest} tokens is longer than the {self.config.max_positions} positions this model "
                 f"has ({POSITIONS_PER_ROW} times its sequence_len {self.config.sequence_len}): shorten it"
             )
-        chosen = slice(num_tokens) if cache is None else cache.positions_BT
+        if segments is not None:
+            chosen: Tensor | slice = segments.positions_N.view_as(tokens_BT)
+        else:
+            chosen = slice(tokens_BT.size(1)) if cache is None else cache.positions_BT
         return Angles(*(table[chosen].to(dtype).unsqueeze(-2) for table in (self.cos_SE, self.sin_SE)))
 
-    def _smear(self, x_BTD: Tensor, cache: CacheView | None) -> Tensor:
+    def _smear(self, x_BTD: Tensor, cache: CacheView | None, segments: Segments | None) -> Tensor:
         """Mix a gated share of the token before into each token; a sequence's first token has none before it."""
-        if cache is None:
+        if segments is not None:
+            before_BTD = x_BTD.flatten(0, 1)[segments.before_N.clamp(min=0)].view_as(x_BTD)
+            before_BTD = before_BTD.masked_fill((segments.before_N < 0).view(*x_BTD.shape[:2], 1), 0)
+        elif cache is None:
             before_BTD = F.pad(x_BTD[:, :-1], (0, 0, 1, 0))
         else:
             first_BD = self._embed(cache.before_B.clamp(min=0), x_BTD.dtype)
