@@ -56,7 +56,7 @@ class LearnerWorker:
             self._config.optim,
             PolicySchedule(self._config.num_steps, self._config.optim, self._config.lr_fraction),
             runtime,
-            rows_per_micro_batch=self._config.rows_per_micro_batch,
+            tokens_per_micro_batch=self._config.tokens_per_micro_batch,
             resumes=resumes,
         )
 

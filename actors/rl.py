@@ -33,7 +33,7 @@ from rayllm.training.rollout_batch import collate_groups
 
 # What may differ when a run is resumed: how it is run and watched, not what it computes.
 RESUMABLE_CHANGES = (
-    "learners", "rollouts", "rows_per_micro_batch", "tracking", "eval_every", "save_every", "keep_checkpoints",
+    "learners", "rollouts", "tokens_per_micro_batch", "tracking", "eval_every", "save_every", "keep_checkpoints",
 )  # fmt: skip
 
 

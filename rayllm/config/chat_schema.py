@@ -130,8 +130,9 @@ class RLConfig:
     """Completions of each problem, which share one baseline: at least 2."""
     max_tokens: PositiveInt = 256
     """Longest completion, in tokens."""
-    rows_per_micro_batch: PositiveInt = 32
-    """Completions that one learner runs forward and backward at once; any split gives the same gradient."""
+    tokens_per_micro_batch: PositiveInt = 16_384
+    """Tokens that one learner runs forward and backward at once, prompts counted once for their samples; any split
+    gives the same gradient."""
     seed: int = 0
     """Seed of the order of problems and of every draw."""
     lr_fraction: PositiveFloat = 0.05

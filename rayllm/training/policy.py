@@ -22,13 +22,21 @@ from rayllm.runs.load import load_tokenizer, load_weights, model_config
 from rayllm.runtime import Runtime
 from rayllm.training.accumulate import accumulate_gradient
 from rayllm.training.loop import Metrics, grad_norm
-from rayllm.training.rollout_batch import PolicyMicroBatch, TrainBatch, micro_batches
+from rayllm.training.policy_batch import PolicyMicroBatch, micro_batches
+from rayllm.training.rollout_batch import TrainBatch
 
 
 def summed_policy_loss(model: torch.nn.Module, batch: PolicyMicroBatch) -> Tensor:
     """-sum(logp * A) over the sampled tokens."""
-    nll_BT: Tensor = model(batch.inputs_BT, batch.targets_BT, reduction="none")
-    return (nll_BT * batch.advantages_B[:, None].to(nll_BT.dtype)).sum()
+    loss: Tensor = model(
+        batch.tokens_1N,
+        batch.targets_M,
+        reduction="sum",
+        segments=batch.segments,
+        target_idx_N=batch.target_idx_M,
+        weights_N=batch.advantages_M,
+    )
+    return loss
 
 
 class PolicyLearner:
@@ -44,7 +52,7 @@ class PolicyLearner:
         schedule: Schedule,
         runtime: Runtime,
         *,
-        rows_per_micro_batch: int,
+        tokens_per_micro_batch: int,
         resumes: bool,
     ) -> None:
         self.model = GPT(model_config(checkpoint), compute_dtype=runtime.dtype)
@@ -58,7 +66,7 @@ class PolicyLearner:
             self._optimizer.load_named_state(checkpoint.load_optimizer_state() or {})
         self._tokenizer = load_tokenizer(checkpoint)
         self._schedule, self._runtime = schedule, runtime
-        self._rows_per_micro_batch = rows_per_micro_batch
+        self._tokens_per_micro_batch = tokens_per_micro_batch
         self._weight_decay = optim.weight_decay
 
     def step(self, batch: TrainBatch, step: int) -> Metrics:
@@ -68,7 +76,7 @@ class PolicyLearner:
         """
         rates = self._schedule.at(step)
         metrics = {"train/lr_multiplier": rates.lr_multiplier, "train/loss": 0.0, "train/grad_norm": 0.0}
-        if not batch.rows:
+        if not batch.groups:
             return metrics
         rates.apply(self._optimizer, self._weight_decay)
         share = self.accumulate(batch)
@@ -85,7 +93,7 @@ class PolicyLearner:
         runtime = self._runtime
         return accumulate_gradient(
             self._replica,
-            micro_batches(batch, self._rows_per_micro_batch, runtime.device, runtime.rank, runtime.world_size),
+            micro_batches(batch, self._tokens_per_micro_batch, runtime.device, runtime.rank, runtime.world_size),
             summed_policy_loss,
             num_loss_tokens=batch.num_loss_tokens,
             world_size=runtime.world_size,

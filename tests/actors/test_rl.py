@@ -169,7 +169,7 @@ def test_a_resumed_run_is_the_same_run(taught: Path, recipe: Recipe, tmp_path: P
 
 
 def test_two_learners_learn_what_one_does(taught: Path, recipe: Recipe, tmp_path: Path) -> None:
-    config = recipe(tmp_path / "two", rows_per_micro_batch=3)
+    config = recipe(tmp_path / "two", tokens_per_micro_batch=40)
     teach(replace(config, learners=replace(config.learners, num_workers=2)))
     for key in ("train/loss", "train/grad_norm", "train/reward"):
         assert metric(tmp_path / "two", key)[0] == pytest.approx(metric(taught, key)[0], rel=1e-4), key

@@ -15,7 +15,8 @@ from rayllm.model.gpt import GPT
 from rayllm.optim.schedule import PolicySchedule
 from rayllm.training.accumulate import accumulate_gradient
 from rayllm.training.policy import summed_policy_loss
-from rayllm.training.rollout_batch import TrainBatch, collate_groups, micro_batches
+from rayllm.training.policy_batch import micro_batches
+from rayllm.training.rollout_batch import TrainBatch, collate_groups
 from rayllm.types import Completion, FinishReason, Prompt, Rollout, RolloutGroup
 
 Gradients = dict[str, torch.Tensor]
@@ -64,11 +65,11 @@ def assert_same(one: Gradients, other: Gradients) -> None:
         )
 
 
-def by_micro_batches(batch: TrainBatch, rows_per_micro_batch: int) -> Gradients:
+def by_micro_batches(batch: TrainBatch, tokens_per_micro_batch: int) -> Gradients:
     model = build_model()
     accumulate_gradient(
         model,
-        micro_batches(batch, rows_per_micro_batch, "cpu"),
+        micro_batches(batch, tokens_per_micro_batch, "cpu"),
         summed_policy_loss,
         num_loss_tokens=batch.num_loss_tokens,
     )
@@ -93,13 +94,13 @@ def test_gradient_is_that_of_the_formula() -> None:
     (loss / num_tokens).backward()
     batch = collate_groups(groups())
     assert batch.num_loss_tokens == num_tokens
-    assert_same(gradients(model), by_micro_batches(batch, 4))
+    assert_same(gradients(model), by_micro_batches(batch, 60))
 
 
-@pytest.mark.parametrize("rows_per_micro_batch", [1, 2, 3, 7, 100])
-def test_any_split_into_micro_batches_gives_the_same_gradient(rows_per_micro_batch) -> None:
+@pytest.mark.parametrize("tokens_per_micro_batch", [1, 30, 70, 150, 10_000])
+def test_any_split_into_micro_batches_gives_the_same_gradient(tokens_per_micro_batch) -> None:
     batch = collate_groups(groups())
-    assert_same(by_micro_batches(batch, 5), by_micro_batches(batch, rows_per_micro_batch))
+    assert_same(by_micro_batches(batch, 100), by_micro_batches(batch, tokens_per_micro_batch))
 
 
 def _learn_as_one_of(rank: int, world_size: int, rendezvous: str, out: str) -> None:
@@ -109,7 +110,7 @@ def _learn_as_one_of(rank: int, world_size: int, rendezvous: str, out: str) -> N
     replica = torch.nn.parallel.DistributedDataParallel(model)
     accumulate_gradient(
         replica,
-        micro_batches(batch, 4, "cpu", rank, world_size),
+        micro_batches(batch, 60, "cpu", rank, world_size),
         summed_policy_loss,
         num_loss_tokens=batch.num_loss_tokens,
         world_size=world_size,
@@ -121,7 +122,7 @@ def _learn_as_one_of(rank: int, world_size: int, rendezvous: str, out: str) -> N
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_several_learners_give_the_gradients_of_one(tmp_path, world_size) -> None:
     mp.spawn(_learn_as_one_of, (world_size, str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=world_size)
-    one = by_micro_batches(collate_groups(groups()), 4)
+    one = by_micro_batches(collate_groups(groups()), 60)
     for rank in range(world_size):
         assert_same(one, torch.load(tmp_path / str(rank)))
 
@@ -136,27 +137,38 @@ def test_failures_are_counted_and_never_a_reward_of_zero() -> None:
     for index, group in enumerate(groups()[2:3]):
         rewards = [r.reward for r in group.rollouts[:3]]
         baseline = sum(rewards) / 3
-        own = [row for row in batch.rows if row.token_ids[: len(group.prompt.token_ids)] == group.prompt.token_ids]
+        own = [taught for taught in batch.groups if taught.prompt_ids == group.prompt.token_ids]
         if len(set(rewards)) > 1:
-            assert [row.advantage for row in own] == pytest.approx([r - baseline for r in rewards]), index
+            advantages = [sample.advantage for taught in own for sample in taught.samples]
+            assert advantages == pytest.approx([r - baseline for r in rewards]), index
 
 
-def test_groups_that_are_all_alike_cost_no_row_and_keep_their_tokens() -> None:
+def test_groups_that_are_all_alike_cost_no_forward_and_keep_their_tokens() -> None:
     even = RolloutGroup(Prompt("e", (1, 2)), tuple(rollout(n, 0.1) for n in (5, 6, 7)))
     batch = collate_groups([even])
-    assert batch.rows == () and batch.metrics["train/even_group_share"] == 1.0
+    assert batch.groups == () and batch.metrics["train/even_group_share"] == 1.0
     assert batch.num_loss_tokens == sum(sum(r.completion.sampled_mask) for r in even.rollouts)
     assert collate_groups([]).num_loss_tokens == 0
 
 
-def test_every_learner_brings_as_many_micro_batches() -> None:
+def test_learners_share_the_work_and_bring_as_many_micro_batches() -> None:
     batch = collate_groups(groups())
+    wanted = sorted(int(t) for m in micro_batches(batch, 10_000, "cpu") for t in m.targets_M)
     for world_size in (1, 2, 3, 7, 50):
-        shares = [micro_batches(batch, 2, "cpu", rank, world_size) for rank in range(world_size)]
-        assert len({tuple(m.inputs_BT.size(0) for m in share) for share in shares}) == 1
-        assert sum((m.targets_BT >= 0).sum() for share in shares for m in share) == sum(
-            (m.targets_BT >= 0).sum() for m in micro_batches(batch, 100, "cpu")
-        )
+        shares = [micro_batches(batch, 60, "cpu", rank, world_size) for rank in range(world_size)]
+        assert len({len(share) for share in shares}) == 1
+        assert sorted(int(t) for share in shares for m in share for t in m.targets_M) == wanted
+    loads = [sum(m.tokens_1N.numel() for m in micro_batches(batch, 60, "cpu", rank, 3)) for rank in range(3)]
+    assert max(loads) < 1.3 * min(loads), loads
+
+
+def test_a_prompt_is_read_once_for_its_samples() -> None:
+    batch = collate_groups(groups())
+    (whole,) = micro_batches(batch, 10_000, "cpu")
+    assert whole.tokens_1N.numel() == sum(
+        len(g.prompt_ids) + sum(len(s.token_ids) - 1 for s in g.samples) for g in batch.groups
+    )
+    assert all(m.tokens_1N.numel() <= 60 for m in micro_batches(batch, 60, "cpu"))
 
 
 def test_schedule_falls_from_the_fraction_to_the_end() -> None:
