@@ -55,6 +55,7 @@ class LearnerWorker:
             open_checkpoint(checkpoint),
             self._config.optim,
             PolicySchedule(self._config.num_steps, self._config.optim, self._config.lr_fraction),
+            learners,
             runtime,
             tokens_per_micro_batch=self._config.tokens_per_micro_batch,
             resumes=resumes,

@@ -49,7 +49,7 @@ class ChatReplica:
 
     def __init__(self, config: ServeConfig, model_name: str) -> None:
         logging.getLogger("asyncio").addFilter(_is_no_cancellation)
-        runtime = build_runtime(config.device, config.dtype, for_inference=True)
+        runtime = build_runtime(config.device, config.dtype)
         model, tokenizer = load(config.checkpoint, runtime.device, runtime.dtype)
         model.lay_out_for_inference()
         context_len = model.config.sequence_len

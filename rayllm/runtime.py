@@ -58,19 +58,17 @@ class Runtime:
         return 2 * 1024**3 / best_s
 
 
-def build_runtime(
-    device: str = "auto", dtype: str = "auto", *, rank: int = 0, world_size: int = 1, for_inference: bool = False
-) -> Runtime:
-    """Resolve "auto" to CUDA, then MPS (one worker), then CPU; bfloat16 on GPUs that have it, else float32.
+def build_runtime(device: str = "auto", dtype: str = "auto", *, rank: int = 0, world_size: int = 1) -> Runtime:
+    """Resolve "auto" to CUDA, then MPS (one worker), then CPU; bfloat16 on GPUs that have it and on CPUs that multiply
+    it faster, else float32.
 
-    For inference "auto" is bfloat16 also on a CPU that multiplies it faster. Raises ValueError when the named device or
-    dtype is not to be had here.
+    Raises ValueError when the named device or dtype is not to be had here.
     """
     chosen = _build_device(device, world_size)
     has_bfloat16 = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "auto":
-        is_fast = has_bfloat16 or (for_inference and chosen.type == "cpu" and cpu_prefers_bfloat16(_cpuinfo()))
-        dtype = "bfloat16" if is_fast else "float32"
+        prefers_bfloat16 = chosen.type == "cpu" and cpu_prefers_bfloat16(_cpuinfo())
+        dtype = "bfloat16" if has_bfloat16 or prefers_bfloat16 else "float32"
     if chosen.type == "cpu":
         _keep_freed_memory()
     if dtype == "bfloat16" and chosen.type == "cuda" and not has_bfloat16:

@@ -25,5 +25,5 @@ def test_bfloat16_only_where_a_cpu_multiplies_it_faster(vendor: str, flags: str,
 
 def test_training_on_a_cpu_is_float32_and_a_named_dtype_is_taken() -> None:
     assert build_runtime("cpu").dtype == torch.float32
-    assert build_runtime("cpu", "float32", for_inference=True).dtype == torch.float32
+    assert build_runtime("cpu", "float32").dtype == torch.float32
     assert build_runtime("cpu", "bfloat16").dtype == torch.bfloat16

@@ -59,12 +59,15 @@ class SFTConfig:
     """Tokens per row; null: the base model's. A longer conversation is cut to it and counted."""
     tokens_per_step: PositiveInt = 2**19
     """Tokens per optimizer step over all workers, padding included."""
-    rows_per_micro_batch: PositiveInt = 32
-    """Rows that one worker runs forward and backward at once; gradient accumulation fills the rest of the step."""
+    rows_per_micro_batch: PositiveInt | Literal["auto"] = "auto"
+    """Rows that one worker runs forward and backward at once; gradient accumulation fills the rest of the step. auto:
+    about 65,536 tokens on a GPU, 2,048 on a CPU."""
     max_steps: PositiveInt | None = None
     """Stop after so many steps; null: when the mixture has been read once."""
     seed: int = 0
     """Seed of the order of conversations."""
+    isolate: bool = True
+    """Whether conversations that share a row are kept from seeing each other, as when the model is asked."""
     warm_start_optimizer: bool = True
     """Go on with the moments of the base run's optimizer, where its checkpoint has them."""
     lr_fraction: PositiveFloat = 0.8

@@ -151,6 +151,8 @@ class PretrainDataConfig:
     long_documents: Literal["crop", "carry"] = "crop"
     """When no document fits a row's rest, the shortest one is cut: `crop` drops its remainder (nanochat), `carry`
     keeps it as a document of its own (better where documents are much longer than a row)."""
+    isolate: bool = False
+    """Whether documents that share a row are kept from seeing each other. nanochat's do see each other."""
     seed: int = 0
     """Seed of the order of documents."""
 
@@ -164,7 +166,15 @@ class WorkersConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto: a GPU where the cluster has one for each worker, else MPS (one worker), else CPU."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype (weights stay float32). auto: bfloat16 on GPUs that have it, else float32."""
+    """Compute dtype (weights stay float32). auto: bfloat16 on GPUs that have it and CPUs that multiply it faster, else
+    float32."""
+    attention: Literal["auto", "flash4", "flash3", "flash2", "flex", "sdpa"] = "auto"
+    """Attention kernel. auto: the first of these that is installed and that the device can run; the log names it."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile the model. auto: on GPUs; on CPUs not, as the C++ compiler's minutes seldom pay there."""
+    recompute_blocks: bool = False
+    """Activation checkpointing: keep each block's input only and compute the block again in the backward pass; a third
+    more work for a fraction of the memory."""
     cpus_per_worker: PositiveInt | None = None
     """CPU cores of each worker. null: the machine's cores over its workers on CPU, 1 on GPU."""
     max_failures: NonNegativeInt = 3
@@ -187,8 +197,9 @@ class PretrainConfig:
     """How long to train."""
     tokens_per_step: PositiveInt | Literal["auto"] = "auto"
     """Tokens per optimizer step over all workers; auto: from depth, 2^19 at depth 12."""
-    rows_per_micro_batch: PositiveInt = 32
-    """Rows that one worker runs forward and backward at once; gradient accumulation fills the rest of the step."""
+    rows_per_micro_batch: PositiveInt | Literal["auto"] = "auto"
+    """Rows that one worker runs forward and backward at once; gradient accumulation fills the rest of the step. auto:
+    about 65,536 tokens on a GPU, 2,048 on a CPU."""
     seed: int = 42
     """Seed of the initial weights."""
     data: PretrainDataConfig = PretrainDataConfig()
@@ -267,6 +278,8 @@ class BaseEvalConfig:
     """Rows per forward pass."""
     long_documents: Literal["crop", "carry"] = "crop"
     """As in pretraining; `carry` reads every validation token."""
+    isolate: bool = False
+    """As in pretraining: whether documents that share a row are kept from seeing each other."""
     prompts: tuple[str, ...] = (
         "The capital of France is",
         "Once upon a time",

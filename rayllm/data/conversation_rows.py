@@ -16,6 +16,7 @@ from rayllm.data.conversations import Mixture
 from rayllm.data.loader import DataPosition, StepBatch, TokenBatch, prefetched
 from rayllm.data.packing import RowPlan
 from rayllm.model.gpt import IGNORE_INDEX
+from rayllm.model.segments import Segments
 
 POOL_SIZE = 100
 """Conversations to choose from. A larger pool pads less, but keeps the short ones back for the end of the mixture."""
@@ -36,10 +37,11 @@ class _Lengths:
 
 
 class ConversationRows:
-    """The rows of a mixture: every conversation whole and in as many rows as its task has epochs."""
+    """The rows of a mixture: every conversation whole and in as many rows as its task has epochs; with `isolate` none
+    sees another."""
 
-    def __init__(self, mixture: Mixture, sequence_len: int) -> None:
-        self.mixture, self.sequence_len = mixture, sequence_len
+    def __init__(self, mixture: Mixture, sequence_len: int, *, isolate: bool = False) -> None:
+        self.mixture, self.sequence_len, self._isolates = mixture, sequence_len, isolate
         order = mixture.order()
         lengths = mixture.lengths[order]
         plan = RowPlan([_Lengths(lengths)], sequence_len, "pad", seed=None, pool_size=POOL_SIZE)
@@ -100,4 +102,6 @@ class ConversationRows:
                     learned[row_idx, at : at + len(ids)] = mask
                     at += len(ids)
             targets = np.where(learned[:, 1:], tokens[:, 1:], IGNORE_INDEX)
-            yield TokenBatch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets))
+            lengths = [[int(self.mixture.lengths[conversation_idx]) for conversation_idx in row] for row in batch]
+            segments = Segments.of_rows(lengths, self.sequence_len) if self._isolates else None
+            yield TokenBatch(torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(targets), segments)

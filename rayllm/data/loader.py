@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rayllm.data.packing import LongDocuments, Row, RowPlan
 from rayllm.data.shards import Split, SplitTokens, TokenShards
+from rayllm.model.segments import Segments
 
 _T = TypeVar("_T")
 
@@ -34,10 +35,17 @@ class DataPosition:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Rows to run forward at once: int64 inputs and the tokens that follow them (-1: no target)."""
+    """Rows to run forward at once: int64 inputs and the tokens that follow them (-1: no target). With segments the
+    documents of a row do not see each other."""
 
     inputs_BT: Tensor
     targets_BT: Tensor
+    segments: Segments | None = None
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """The same batch for a model on another device."""
+        segments = None if self.segments is None else self.segments.to(device)
+        return TokenBatch(self.inputs_BT.to(device), self.targets_BT.to(device), segments)
 
 
 @dataclass(frozen=True)
@@ -63,10 +71,11 @@ def step_batches(
     world_size: int,
     seed: int,
     long_documents: LongDocuments,
+    isolate: bool = False,
     position: DataPosition = DataPosition(),
     prefetch: int = 2,
 ) -> Generator[StepBatch, None, None]:
-    """Yield this rank's batches of the training split from ``position`` on, without end.
+    """Yield this rank's batches of the training split from ``position`` on, without end; ``isolate`` gives segments.
 
     Micro-batches hold ``rows_per_micro_batch`` rows, the last of a step what is left. A background thread keeps
     ``prefetch`` steps ready (0: none does); it ends when the generator is closed or dropped, and what fails in it is
@@ -88,7 +97,7 @@ def step_batches(
         while True:
             taken = list(islice(rows, rows_per_step))
             own = [row for _, row in taken[rank::world_size]]
-            yield StepBatch(tuple(_collate(split, own, rows_per_micro_batch, sequence_len)), taken[-1][0])
+            yield StepBatch(tuple(_collate(split, own, rows_per_micro_batch, sequence_len, isolate)), taken[-1][0])
 
     return prefetched(steps(), prefetch)
 
@@ -100,6 +109,7 @@ def validation_batches(
     sequence_len: int,
     max_tokens: int,
     long_documents: LongDocuments,
+    isolate: bool = False,
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[TokenBatch]:
@@ -118,7 +128,7 @@ def validation_batches(
     rows = list(RowPlan(split.shards, sequence_len, long_documents, seed=None))
     num_rows = min(len(rows), max_tokens // sequence_len)
     chosen = [rows[idx * len(rows) // num_rows] for idx in range(rank, num_rows, world_size)]
-    return _collate(split, chosen, rows_per_batch, sequence_len)
+    return _collate(split, chosen, rows_per_batch, sequence_len, isolate)
 
 
 def _split_with_rows(shards: TokenShards, name: Split, sequence_len: int) -> SplitTokens:
@@ -152,7 +162,9 @@ def _endless_rows(
         epoch, first = epoch + 1, 0
 
 
-def _collate(split: SplitTokens, rows: list[Row], rows_per_batch: int, sequence_len: int) -> Iterator[TokenBatch]:
+def _collate(
+    split: SplitTokens, rows: list[Row], rows_per_batch: int, sequence_len: int, isolate: bool
+) -> Iterator[TokenBatch]:
     """Read rows from disk, ``rows_per_batch`` at a time; the last batch may be smaller."""
     for first in range(0, len(rows), rows_per_batch):
         batch = rows[first : first + rows_per_batch]
@@ -167,7 +179,9 @@ def _collate(split: SplitTokens, rows: list[Row], rows_per_batch: int, sequence_
                 at += length
             assert at == sequence_len + 1, (at, row)
         tokens_BT = torch.from_numpy(tokens)
-        yield TokenBatch(tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous())
+        lengths = [[length + bool(start) for _, start, length in row] for row in batch]
+        segments = Segments.of_rows(lengths, sequence_len) if isolate else None
+        yield TokenBatch(tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous(), segments)
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ def run(config: ChatConfig) -> None:
     Raises ValueError or FileNotFoundError for a checkpoint that is none of a chat model.
     """
     checkpoint = open_chat_checkpoint(config.checkpoint)
-    runtime = build_runtime(config.device, config.dtype, for_inference=True)
+    runtime = build_runtime(config.device, config.dtype)
     model, tokenizer = load(checkpoint.path, runtime.device, runtime.dtype)
     chat = Chat(model.lay_out_for_inference(), tokenizer, config.sampling)
     for stream in (sys.stdin, sys.stdout):

@@ -16,7 +16,7 @@ from rayllm.types import Prompt
 
 def run(config: SampleConfig) -> None:
     """Print `num_samples` continuations of each prompt."""
-    runtime = build_runtime(config.device, config.dtype, for_inference=True)
+    runtime = build_runtime(config.device, config.dtype)
     model, tokenizer = load(config.checkpoint, runtime.device, runtime.dtype)
     for prompt in config.prompts:
         for text in continue_text(model, tokenizer, prompt, config.sampling, num_samples=config.num_samples):

@@ -44,6 +44,7 @@ def run(config: BaseEvalConfig) -> None:
             sequence_len=model.config.sequence_len,
             max_tokens=config.max_tokens,
             long_documents=config.long_documents,
+            isolate=config.isolate,
         )
         bpb = evaluate_bpb(model, batches, tokenizer.token_bytes_V(), runtime)
         samples = {}

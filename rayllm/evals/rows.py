@@ -57,8 +57,9 @@ def token_losses(model: GPT, batches: Iterable[TokenBatch], runtime: Runtime) ->
     was_training = model.training
     model.eval()
     for batch in batches:
-        inputs_BT, targets_BT = batch.inputs_BT.to(runtime.device), batch.targets_BT.to(runtime.device)
-        yield model(inputs_BT, targets_BT, reduction="none").double().cpu(), targets_BT
+        here = batch.to(runtime.device)
+        nll_BT = model(here.inputs_BT, here.targets_BT, reduction="none", segments=here.segments)
+        yield nll_BT.double().cpu(), here.targets_BT
     model.train(was_training)
 
 

@@ -86,11 +86,11 @@ def attend_with_flex(
     """FlexAttention: blocks of keys that no query of a block sees are skipped. Trains on GPUs only."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    attend = _compiled_flex() if q_BTHE.device.type == "cuda" else flex_attention
+    attend: Any = _compiled_flex() if q_BTHE.device.type == "cuda" else flex_attention
     mask = _block_mask(q_BTHE.size(1), window, q_BTHE.device) if segments is None else _segment_mask(segments, window)
-    rows = (q_BTHE, k_BTKE, v_BTKE)
+    rows = [q_BTHE, k_BTKE, v_BTKE]
     if segments is not None:  # segments know no rows
-        rows = tuple(x.flatten(0, 1).unsqueeze(0) for x in rows)
+        rows = [x.flatten(0, 1).unsqueeze(0) for x in rows]
     q_BHTE, k_BKTE, v_BKTE = (x.transpose(1, 2) for x in rows)
     y_BHTE = attend(q_BHTE, k_BKTE, v_BKTE, block_mask=mask, enable_gqa=q_BTHE.size(2) != k_BTKE.size(2))
     return cast(Tensor, y_BHTE).transpose(1, 2).reshape(q_BTHE.shape)

@@ -10,7 +10,7 @@ Shapes: B rows, T tokens, D model, H query heads, K kv heads, E head dim, V voca
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -156,6 +156,7 @@ class GPT(nn.Module):
         self.compute_dtype = compute_dtype
         self.attend: Attend = attend_with_sdpa
         self.recompute_blocks = False
+        self._compiled_hidden: Callable[..., Tensor] | None = None
         num_rows = config.padded_vocab_size
         blocks = nn.ModuleList([Block(config, i) for i in range(config.num_layers)])
         self.transformer = nn.ModuleDict({"wte": nn.Embedding(num_rows, config.d_model), "h": blocks})
@@ -197,13 +198,11 @@ class GPT(nn.Module):
         -1. `weights_N`, constants, weigh a sum of N. With a cache the tokens continue what it holds; with segments the
         rows hold sequences that do not see each other. Raises ValueError for a sequence longer than the rotary tables.
         """
-        x_BTD = self.hidden(tokens_BT, cache, segments)
+        hidden = self.hidden if cache is not None or self._compiled_hidden is None else self._compiled_hidden
+        x_BTD = hidden(tokens_BT, cache, segments)
         if targets is None:
             return self.logits(x_BTD)
-        targets_N = targets.flatten()
-        if targets.dim() == 2 and bool((targets == IGNORE_INDEX).any()):
-            target_idx_N = (targets_N != IGNORE_INDEX).nonzero().squeeze(1)
-            targets_N = targets_N[target_idx_N]
+        targets_N, target_idx_N = find_targets(targets) if targets.dim() == 2 else (targets, target_idx_N)
         x_ND = x_BTD.flatten(0, 1) if target_idx_N is None else x_BTD.flatten(0, 1)[target_idx_N]
         head = (self.lm_head.weight, targets_N, self.config.vocab_size)
         if reduction != "none":
@@ -236,6 +235,10 @@ class GPT(nn.Module):
     def logits(self, x_xD: Tensor) -> Tensor:
         """Logits (..., V) of a hidden state of any leading dimensions, capped, in at least float32."""
         return capped_logits(x_xD, self.lm_head.weight, self.config.vocab_size)
+
+    def compile_rows(self) -> None:
+        """Compile the forward of rows (not of what a cache holds) and its backward."""
+        self._compiled_hidden = torch.compile(self.hidden)
 
     @torch.no_grad()
     def lay_out_for_inference(self) -> GPT:
@@ -313,6 +316,14 @@ class GPT(nn.Module):
         depth_L = torch.arange(self.config.num_layers) / max(self.config.num_layers - 1, 1)
         self.resid_lambdas.copy_(1.15 - 0.10 * depth_L)
         self.x0_lambdas.copy_(0.20 - 0.15 * depth_L)
+
+
+def find_targets(targets_BT: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The targets (N,) that are not -1, and their positions among all B T (None: every one). On a GPU this waits for
+    the device, so look while they are on the CPU."""
+    targets = targets_BT.flatten()
+    target_idx_N = (targets != IGNORE_INDEX).nonzero().squeeze(1)
+    return (targets, None) if len(target_idx_N) == len(targets) else (targets[target_idx_N], target_idx_N)
 
 
 def _for_products(weight: Tensor) -> Tensor:

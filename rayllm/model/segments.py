@@ -91,6 +91,20 @@ class Segments:
         starts = [*is_first_BT.flatten().nonzero().flatten().tolist(), num_rows * num_tokens]
         return Segments([Segment(a, b - a) for a, b in pairwise(starts)], segment_ids_BT.device)
 
+    @staticmethod
+    def of_rows(lengths: Sequence[Sequence[int]], row_len: int) -> Segments:
+        """Segments of rows of `row_len` tokens that hold sequences of some lengths end to end: the last are cut off at
+        the row's end, and what is left of a row is a segment of its own."""
+        segments = []
+        for row_idx, row in enumerate(lengths):
+            at = 0
+            for length in (*row, row_len):
+                taken = min(length, row_len - at)
+                if taken > 0:
+                    segments.append(Segment(row_idx * row_len + at, taken))
+                    at += taken
+        return Segments(segments)
+
     def to(self, device: torch.device | str) -> Segments:
         """The same segments for tokens on another device."""
         return self if self.device == torch.device(device) else Segments(self.segments, device)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rayllm.config.schema import PretrainConfig
+from rayllm.config.schema import PretrainConfig, WorkersConfig
 from rayllm.optim.scaling import PretrainPlan, plan
 from rayllm.runs.progress import render_duration
 from rayllm.text.tokenizer import read_tokenizer_json
@@ -37,7 +37,7 @@ ASSUMED_UTILISATION = 0.4
 def describe_plan(config: PretrainConfig) -> dict[str, object]:
     """The plan in words, for `--dry-run`: label -> value with its unit."""
     vocab_size, origin = _vocab_size(config)
-    derived = plan(config, vocab_size)
+    derived = plan(config, vocab_size, assumed_device(config.workers))
     counts, model = derived.parameters, derived.model
     flops = derived.flops_per_token * derived.num_tokens
     rate, rate_origin = assumed_flops_per_s(config)
@@ -65,6 +65,13 @@ def _vocab_size(config: PretrainConfig) -> tuple[int, str]:
     if Path(config.data.tokenizer).exists():
         return int(read_tokenizer_json(config.data.tokenizer)["vocab_size"]), config.data.tokenizer
     return 32768, f"assumed, as there is no tokenizer at {config.data.tokenizer} yet"
+
+
+def assumed_device(workers: WorkersConfig) -> str:
+    """What the workers will compute on, as far as this machine can tell: "cuda" or "cpu" (or "mps", by recipe)."""
+    if workers.device != "auto":
+        return workers.device
+    return "cpu" if visible_gpu_name() is None else "cuda"
 
 
 def gpu_peak_flops(name: str) -> float | None:

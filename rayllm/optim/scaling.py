@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from rayllm.config.schema import PretrainConfig
 from rayllm.model.config import SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
@@ -16,6 +17,8 @@ from rayllm.model.config import SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 REFERENCE_DEPTH = 12
 REFERENCE_TOKENS_PER_STEP = 2**19
 BATCH_EXPONENT = 0.383
+TOKENS_PER_MICRO_BATCH = {"cpu": 2048, "mps": 16_384, "cuda": 65_536}
+"""Few on a CPU, whose caches then hold what a layer hands to the next; many on a GPU, to fill it."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,11 @@ def flops_per_token(model: GPTConfig) -> float:
     return 6 * (counts.scaling + SMEAR_GATE_CHANNELS) + attention
 
 
-def plan(config: PretrainConfig, vocab_size: int) -> PretrainPlan:
-    """Derive the whole plan; raises ValueError naming key, value and cure when the batch cannot be split."""
+def plan(config: PretrainConfig, vocab_size: int, device_type: str = "cpu") -> PretrainPlan:
+    """Derive the whole plan for workers on `device_type` ("cpu", "cuda", "mps").
+
+    Raises ValueError naming key, value and cure when the batch cannot be split.
+    """
     model = plan_model(config, vocab_size)
     counts = count_parameters(model)
     # Depth 12 of the same recipe is the reference; the horizon cancels in what follows.
@@ -114,14 +120,15 @@ def plan(config: PretrainConfig, vocab_size: int) -> PretrainPlan:
     rows_per_step, rows_per_worker = split_step(
         tokens_per_step, model.sequence_len, config.workers.num_workers, row_key="model.sequence_len"
     )
+    rows_at_once = split_worker_rows(config.rows_per_micro_batch, rows_per_worker, model.sequence_len, device_type)
     return PretrainPlan(
         model=model,
         parameters=counts,
         flops_per_token=flops,
         tokens_per_step=tokens_per_step,
         rows_per_step=rows_per_step,
-        rows_per_micro_batch=min(config.rows_per_micro_batch, rows_per_worker),
-        num_micro_batches=math.ceil(rows_per_worker / config.rows_per_micro_batch),
+        rows_per_micro_batch=rows_at_once,
+        num_micro_batches=math.ceil(rows_per_worker / rows_at_once),
         num_steps=_num_steps(config, counts.scaling, flops, tokens_per_step),
         lr_multiplier=math.sqrt(batch),
         matrix_weight_decay=config.optim.weight_decay * math.sqrt(batch) / size,
@@ -139,6 +146,12 @@ def split_step(tokens_per_step: int, sequence_len: int, num_workers: int, *, row
         )
     rows_per_step = tokens_per_step // sequence_len
     return rows_per_step, rows_per_step // num_workers
+
+
+def split_worker_rows(wanted: int | Literal["auto"], rows_per_worker: int, sequence_len: int, device_type: str) -> int:
+    """Rows of a micro-batch: what is wanted, or what holds the tokens that suit a device; no more than there are."""
+    rows = TOKENS_PER_MICRO_BATCH[device_type] // sequence_len if wanted == "auto" else wanted
+    return max(1, min(rows, rows_per_worker))
 
 
 def _num_steps(config: PretrainConfig, scaling_parameters: int, flops: float, tokens_per_step: int) -> int:

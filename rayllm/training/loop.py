@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from rayllm.data.loader import DataPosition, StepBatch, TokenBatch
-from rayllm.model.gpt import GPT, IGNORE_INDEX
+from rayllm.model.gpt import GPT, IGNORE_INDEX, find_targets
 from rayllm.optim.optimizer import MuonAdamW
 from rayllm.optim.schedule import Schedule
 from rayllm.runtime import Runtime
 from rayllm.training.accumulate import accumulate_gradient
+from rayllm.training.replica import replicate
 
 Metrics = dict[str, float]
 
@@ -60,7 +60,7 @@ def fit(
     The loss of a step is the sum over its targets, divided by their number over all micro-batches and workers:
     any split gives the same gradient. Raises FloatingPointError when the loss is no longer a number.
     """
-    replica = DistributedDataParallel(model, gradient_as_bucket_view=True) if runtime.world_size > 1 else model
+    replica = replicate(model, runtime)
     peak_flops_per_s = runtime.peak_flops_per_s() * runtime.world_size
     if first_step == 0:
         callbacks.report(0, callbacks.evaluate())
@@ -112,7 +112,17 @@ def forward_backward(model: torch.nn.Module, batch: StepBatch, runtime: Runtime)
     num_loss_tokens = float(runtime.sum_over_workers([num_local]))
 
     def summed_loss(replica: torch.nn.Module, batch: TokenBatch) -> Tensor:
-        loss: Tensor = replica(batch.inputs_BT.to(runtime.device), batch.targets_BT.to(runtime.device), reduction="sum")
+        targets_N, target_idx_N = find_targets(batch.targets_BT)  # on the CPU still, so that no device is waited for
+        here = batch.to(runtime.device)
+        if target_idx_N is not None:
+            target_idx_N = target_idx_N.to(runtime.device)
+        loss: Tensor = replica(
+            here.inputs_BT,
+            targets_N.to(runtime.device),
+            reduction="sum",
+            segments=here.segments,
+            target_idx_N=target_idx_N,
+        )
         return loss
 
     share = accumulate_gradient(

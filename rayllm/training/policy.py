@@ -11,9 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from rayllm.config.schema import OptimConfig
+from rayllm.config.schema import OptimConfig, WorkersConfig
 from rayllm.model.gpt import GPT
 from rayllm.optim.groups import build_optimizer
 from rayllm.optim.schedule import Schedule
@@ -23,6 +22,7 @@ from rayllm.runtime import Runtime
 from rayllm.training.accumulate import accumulate_gradient
 from rayllm.training.loop import Metrics, grad_norm
 from rayllm.training.policy_batch import PolicyMicroBatch, micro_batches
+from rayllm.training.replica import prepare_model, replicate
 from rayllm.training.rollout_batch import TrainBatch
 
 
@@ -50,6 +50,7 @@ class PolicyLearner:
         checkpoint: Checkpoint,
         optim: OptimConfig,
         schedule: Schedule,
+        workers: WorkersConfig,
         runtime: Runtime,
         *,
         tokens_per_micro_batch: int,
@@ -58,9 +59,8 @@ class PolicyLearner:
         self.model = GPT(model_config(checkpoint), compute_dtype=runtime.dtype)
         load_weights(self.model, checkpoint)
         self.model.to(runtime.device)
-        self._replica: torch.nn.Module = self.model
-        if runtime.world_size > 1:
-            self._replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        prepare_model(self.model, workers, runtime)
+        self._replica = replicate(self.model, runtime)
         self._optimizer = build_optimizer(self.model, optim)
         if resumes:
             self._optimizer.load_named_state(checkpoint.load_optimizer_state() or {})

@@ -11,6 +11,7 @@ from rayllm.data.shards import TokenShards
 from rayllm.engine.sample import continue_text
 from rayllm.evals.bpb import evaluate_bpb
 from rayllm.model.gpt import GPT
+from rayllm.optim.estimate import assumed_device
 from rayllm.optim.groups import build_optimizer
 from rayllm.optim.scaling import PretrainPlan, plan
 from rayllm.optim.schedule import PretrainSchedule
@@ -32,8 +33,9 @@ SAMPLE_PROMPTS = (
 )
 
 
-def check_inputs(config: PretrainConfig) -> tuple[TokenShards, Tokenizer, PretrainPlan]:
-    """What a run stands on, loaded and checked against each other; the cheap part, before any worker starts.
+def check_inputs(config: PretrainConfig, device_type: str | None = None) -> tuple[TokenShards, Tokenizer, PretrainPlan]:
+    """What a run stands on, loaded and checked against each other; the cheap part, before any worker starts. The plan
+    is for workers on `device_type` (None: on what is assumed).
 
     Raises ValueError or FileNotFoundError naming what does not fit and the cure.
     """
@@ -45,7 +47,8 @@ def check_inputs(config: PretrainConfig) -> tuple[TokenShards, Tokenizer, Pretra
             f"data.tokenizer={config.data.tokenizer}: run the tokenize stage again "
             "with this one, or name the one they were made with"
         )
-    return shards, tokenizer, plan(config, tokenizer.vocab_size)
+    device_type = device_type or assumed_device(config.workers)
+    return shards, tokenizer, plan(config, tokenizer.vocab_size, device_type)
 
 
 def check_resume(run_path: Path, derived: PretrainPlan) -> Checkpoint | None:
@@ -61,7 +64,7 @@ def check_resume(run_path: Path, derived: PretrainPlan) -> Checkpoint | None:
 
 def run_worker(config: PretrainConfig, run_path: Path, runtime: Runtime) -> Metrics:
     """Train as one of the workers of `runtime`; returns the last validation metrics (the same on each)."""
-    shards, tokenizer, derived = check_inputs(config)
+    shards, tokenizer, derived = check_inputs(config, runtime.device.type)
     checkpoint = check_resume(run_path, derived)
     model = GPT(derived.model, compute_dtype=runtime.dtype)
     model.init_weights(config.seed) if checkpoint is None else load_weights(model, checkpoint)
@@ -78,6 +81,7 @@ def run_worker(config: PretrainConfig, run_path: Path, runtime: Runtime) -> Metr
         world_size=runtime.world_size,
         seed=config.data.seed,
         long_documents=config.data.long_documents,
+        isolate=config.data.isolate,
         position=position_of(checkpoint),
     )
 
@@ -88,6 +92,7 @@ def run_worker(config: PretrainConfig, run_path: Path, runtime: Runtime) -> Metr
             sequence_len=derived.model.sequence_len,
             max_tokens=config.eval_tokens,
             long_documents=config.data.long_documents,
+            isolate=config.data.isolate,
             rank=runtime.rank,
             world_size=runtime.world_size,
         )

@@ -18,8 +18,9 @@ from rayllm.engine.engine import Engine
 from rayllm.evals.rows import evaluate_loss
 from rayllm.model.config import GPTConfig
 from rayllm.model.gpt import GPT
+from rayllm.optim.estimate import assumed_device
 from rayllm.optim.groups import build_optimizer
-from rayllm.optim.scaling import flops_per_token, split_step
+from rayllm.optim.scaling import flops_per_token, split_step, split_worker_rows
 from rayllm.optim.schedule import FinetuneSchedule
 from rayllm.runs.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint
 from rayllm.runs.load import load_tokenizer, load_weights, model_config
@@ -85,8 +86,9 @@ class SFTPlan:
         return asdict(self)
 
 
-def check_start(config: SFTConfig, run_path: Path) -> SFTStart:
+def check_start(config: SFTConfig, run_path: Path, device_type: str | None = None) -> SFTStart:
     """The checkpoint that the run goes on or starts from, and whether the recipe fits its model; loads no weights.
+    Micro-batches are for workers on `device_type` (None: on what is assumed).
 
     Raises ValueError or FileNotFoundError naming what does not fit and the cure.
     """
@@ -102,6 +104,7 @@ def check_start(config: SFTConfig, run_path: Path) -> SFTStart:
     rows_per_step, rows_per_worker = split_step(
         config.tokens_per_step, sequence_len, config.workers.num_workers, row_key="sequence_len"
     )
+    device_type = device_type or assumed_device(config.workers)
     return SFTStart(
         checkpoint,
         own is not None,
@@ -109,7 +112,7 @@ def check_start(config: SFTConfig, run_path: Path) -> SFTStart:
         load_tokenizer(checkpoint),
         sequence_len,
         rows_per_step,
-        min(config.rows_per_micro_batch, rows_per_worker),
+        split_worker_rows(config.rows_per_micro_batch, rows_per_worker, sequence_len, device_type),
     )
 
 
@@ -142,9 +145,10 @@ def run_worker(config: SFTConfig, run_path: Path, runtime: Runtime) -> Metrics:
 
     The conversations must stand rendered in the run directory.
     """
-    start = check_start(config, run_path)
+    start = check_start(config, run_path, runtime.device.type)
     train, held_out = (
-        ConversationRows(Mixture.load(mixture_path(run_path, split)), start.sequence_len) for split in ("train", "val")
+        ConversationRows(Mixture.load(mixture_path(run_path, split)), start.sequence_len, isolate=config.isolate)
+        for split in ("train", "val")
     )
     derived = plan_sft(config, start, train)
     model = GPT(start.model, compute_dtype=runtime.dtype)

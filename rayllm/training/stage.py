@@ -18,6 +18,7 @@ from rayllm.runs.tracking import Tracker, build_tracker
 from rayllm.runtime import Runtime
 from rayllm.text.tokenizer import Tokenizer
 from rayllm.training.loop import Callbacks, Intervals, Metrics, fit
+from rayllm.training.replica import prepare_model
 
 
 @dataclass
@@ -57,6 +58,7 @@ class Stage:
         dropped.
         """
         config, checkpoint = self.config, self.resumes_from
+        prepare_model(self.model, config.workers, self.runtime)
         if checkpoint is not None:
             self.optimizer.load_named_state(checkpoint.load_optimizer_state() or {})
         if self.runtime.rank == 0:

@@ -210,7 +210,7 @@ def main() -> None:
     parser.add_argument("--num-slots", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
-    runtime = build_runtime(args.device, for_inference=True)
+    runtime = build_runtime(args.device)
     device, repeats = runtime.device, 1 if args.quick else args.repeats
     work, tokenizer = build_work(4 if args.quick else NUM_PROMPTS)
     lengths = sum(work.lengths, [])

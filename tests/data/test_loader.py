@@ -78,6 +78,16 @@ def test_steps_hold_their_rows_in_micro_batches(shards: TokenShards) -> None:
     assert all(row[0] == BOS for row in rows_of(step))
 
 
+@pytest.mark.parametrize("long_documents", ["crop", "carry"])
+def test_isolated_documents_begin_at_their_bos(shards: TokenShards, long_documents: LongDocuments) -> None:
+    for step in take(steps(shards, isolate=True, long_documents=long_documents), 6):
+        for batch in step.micro_batches:
+            assert batch.segments is not None and batch.segments.num_tokens == batch.inputs_BT.numel()
+            first_N = batch.segments.positions_N == 0
+            assert torch.equal(first_N, batch.inputs_BT.flatten() == BOS)
+    assert all(batch.segments is None for step in take(steps(shards), 1) for batch in step.micro_batches)
+
+
 def test_an_epoch_reads_every_token_once_and_the_next_follows(shards: TokenShards) -> None:
     """Tokens are numbers of their own, so that reading one twice or never shows."""
     taken = take(steps(shards, rows_per_step=1), 300)

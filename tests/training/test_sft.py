@@ -177,9 +177,10 @@ def test_max_steps_ends_a_run_early_with_its_rates_at_their_end(start: Start) ->
     assert rates == pytest.approx([0.2, 0.2, 0.1])
 
 
-def test_the_first_loss_is_that_of_the_answers_alone(start: Start) -> None:
-    """Against a loop over conversations: each answer's tokens after all that stands before them in the row."""
-    config, path = start("run", max_steps=1)
+@pytest.mark.parametrize("isolate", [True, False])
+def test_the_first_loss_is_that_of_the_answers_alone(start: Start, isolate: bool) -> None:
+    """Against a loop over conversations: each answer's tokens after all that they see, alone or in the row."""
+    config, path = start(f"run_{isolate}", max_steps=1, isolate=isolate)
     run_worker(config, path, ALONE)
     model, rows = build_model(), ConversationRows(Mixture.load(mixture_path(path, "train")), 48)
     total, count = 0.0, 0
@@ -193,7 +194,7 @@ def test_the_first_loss_is_that_of_the_answers_alone(start: Start) -> None:
                         logits_V = model(torch.tensor([[*before, *ids[:idx].tolist()]]))[0, -1]
                     total -= float(logits_V.log_softmax(-1)[int(ids[idx])])
                     count += 1
-            before += ids.tolist()
+            before += [] if isolate else ids.tolist()
     assert losses(path)[1] == pytest.approx(total / count, rel=1e-5)
 
 
