@@ -300,7 +300,7 @@ class _Bar:
 
         self.stream = stream
         self._bar = tqdm(
-            desc=name or None,
+            desc=f"{name} " if name else None,
             total=num_steps,
             file=stream,
             leave=not name,

@@ -230,6 +230,6 @@ def test_only_progress_on_the_screen_and_the_rest_in_a_log(records):
             wait_for(lambda: log.getvalue().endswith("val bpb 1.2346 +- 0.0051\n"))
             log.truncate(log.seek(0))
     assert lines.getvalue().splitlines()[0].startswith("rl  step 120/732  loss 4.812")
-    assert "\rrl 16% |" in terminal.getvalue()
+    assert "\rrl  16% |" in terminal.getvalue()
     assert "val bpb" not in lines.getvalue() + terminal.getvalue()
     assert terminal.getvalue().endswith(" \r"), "the bar is wiped off"
