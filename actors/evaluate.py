@@ -68,6 +68,8 @@ def run(config: ChatEvalConfig) -> None:
     """Print a table; write report.json and metrics.jsonl to the report directory."""
     checkpoint = open_chat_checkpoint(config.checkpoint)
     check_sinks(config.tracking)
+    for task in config.tasks:
+        load_task(task)  # what is missing or damaged is told before there is a report directory
     # Beside the run's checkpoints, one report per step: runs/rl/chat-eval/step_000500.
     out = Path(config.out) if config.out else checkpoint.path.parent.parent / "chat-eval" / checkpoint.path.name
     plan = {"checkpoint": str(checkpoint.path), "step": checkpoint.step}

@@ -52,6 +52,8 @@ def _text(value: Any) -> str:
 
 
 def _by_turns(texts: Iterable[str]) -> Conversation:
+    if isinstance(texts, str):  # else its letters would take turns
+        raise TypeError("expected a list of turns, got one text")
     roles: tuple[Role, Role] = ("user", "assistant")
     return _turns((roles[idx % 2], text) for idx, text in enumerate(texts))
 

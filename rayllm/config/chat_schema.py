@@ -36,7 +36,7 @@ class TaskConfig:
     num_examples: PositiveInt | None = None
     """Take only the first so many examples of the split; null: all there are."""
     max_level: Annotated[int, Field(ge=1, le=4)] = 2
-    """word_problems: the hardest level; a problem of level n takes n or n + 1 steps."""
+    """word_problems: the hardest level; a problem of level n takes n steps."""
     seed: int = 0
     """word_problems: seed of the problems."""
     epochs: PositiveInt = 1

@@ -5,7 +5,7 @@ What it reads: numbers (`12`, `.5`, `1,800`), `+ - * / // %` with Python's prece
 
 Arithmetic is exact (fractions), so `0.2*50` is 10 and `1/3*3` is 1, and whole results print without a point. Others
 print with at most 10 digits behind it. Length, nesting and the size of every number on the way are bounded, so an
-expression takes well under a millisecond on whatever thread asks.
+expression takes a few milliseconds at most, on whatever thread asks.
 """
 
 from __future__ import annotations

@@ -10,11 +10,37 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, TextIO
 
 from rayllm.runs.tracking import parse_record
+
+
+@dataclass(frozen=True)
+class _Screen:
+    """Where progress is shown, after which name, and the log of all else; without one it is shown, too."""
+
+    stream: TextIO
+    name: str = ""
+    log: TextIO | None = None
+
+
+_screen: ContextVar[_Screen | None] = ContextVar("screen", default=None)
+
+
+@contextmanager
+def only_progress(stream: TextIO, name: str, log: TextIO) -> Iterator[None]:
+    """Within it, a follower that is given no stream draws on this one, after a name, nothing but where the run is; the
+    bar vanishes at its end. What else there is to say, validations and samples, goes to `log`."""
+    token = _screen.set(_Screen(stream, name, log))
+    try:
+        yield
+    finally:
+        _screen.reset(token)
 
 
 class ProgressFollower:
@@ -33,10 +59,15 @@ class ProgressFollower:
         poll_every_s: float = 0.2,
         line_every_s: float = 10.0,
     ):
-        stream = sys.stderr if stream is None else stream
+        screen = (stream is None and _screen.get()) or _Screen(stream or sys.stderr)
+        self._log = screen.log
         self._tail = MetricsTail(Path(metrics_path))
         self._pace = Pace(num_steps)
-        self._view: _View = _Bar(stream, num_steps) if stream.isatty() else _Lines(stream, line_every_s)
+        self._view: _View = (
+            _Bar(screen.stream, num_steps, screen.name)
+            if screen.stream.isatty()
+            else _Lines(screen.stream, line_every_s, screen.name)
+        )
         self._poll_every_s = poll_every_s
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
@@ -71,13 +102,19 @@ class ProgressFollower:
         for record in records:
             if "text" in record:
                 if record.get("name") == "sample":
-                    self._view.say(f"{self._pace.place(record['step'])}  sample: {_printable(str(record['text']))}")
+                    self._say(f"{self._pace.place(record['step'])}  sample: {_printable(str(record['text']))}")
                 continue
             self._pace.add(record)
             if any(key.startswith("val/") for key in record):
-                self._view.say(f"{self._pace.place(record['step'])}  {render_validation(record)}")
+                self._say(f"{self._pace.place(record['step'])}  {render_validation(record)}")
         if records:
             self._view.show(self._pace)
+
+    def _say(self, line: str) -> None:
+        if self._log is None:
+            self._view.say(line)
+        else:
+            print(line, file=self._log, flush=True)
 
 
 class MetricsTail:
@@ -227,8 +264,9 @@ class _View(Protocol):
 class _Lines:
     """For logs: a line now and then."""
 
-    def __init__(self, stream: TextIO, line_every_s: float):
+    def __init__(self, stream: TextIO, line_every_s: float, name: str):
         self.stream = stream
+        self._name = name
         self._line_every_s = line_every_s
         self._shown_at_s = -float("inf")
         self._last_line = ""
@@ -248,7 +286,7 @@ class _Lines:
             self._say_progress(pace)
 
     def _say_progress(self, pace: Pace) -> None:
-        line = "  ".join([pace.place(pace.step), *pace.render_metrics()])
+        line = "  ".join([*filter(None, [self._name]), pace.place(pace.step), *pace.render_metrics()])
         if line != self._last_line:
             self.say(line)
         self._last_line = line
@@ -257,15 +295,17 @@ class _Lines:
 class _Bar:
     """For terminals: one bar that moves, everything else above it."""
 
-    def __init__(self, stream: TextIO, num_steps: int):
+    def __init__(self, stream: TextIO, num_steps: int, name: str):
         from tqdm import tqdm
 
         self.stream = stream
         self._bar = tqdm(
+            desc=f"{name} " if name else None,
             total=num_steps,
             file=stream,
+            leave=not name,
             dynamic_ncols=True,
-            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}",
+            bar_format="{desc}{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}",
         )
 
     def show(self, pace: Pace) -> None:

@@ -39,3 +39,15 @@ def test_by_default_the_report_stands_beside_the_run(chat_checkpoint: Path, ray_
 def test_what_is_not_there_is_said_before_ray_starts(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no chat model at"):
         evaluate.run(recipe(tmp_path))
+
+
+def test_a_task_that_cannot_be_read_leaves_nothing_behind(
+    chat_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}\n', encoding="utf-8")
+    monkeypatch.setenv("RAYLLM_DATA_DIR", str(tmp_path))
+    tasks = (TaskConfig(split="test", num_examples=2), TaskConfig(name="gsm8k", split="test"))
+    with pytest.raises(ValueError, match=r"test\.jsonl, line 1: the answer holds no '####'"):
+        evaluate.run(recipe(chat_checkpoint, tasks=tasks, out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()

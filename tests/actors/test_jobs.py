@@ -15,12 +15,14 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from rayllm import cli
 
 pytestmark = [
     pytest.mark.slow,
@@ -30,6 +32,7 @@ pytestmark = [
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+NANOCHAT = ROOT / "tests" / "parity" / "mha"
 START_LIMIT_S = 120.0
 STOP_LIMIT_S = 90.0
 JOB_LIMIT_S = 240.0
@@ -37,7 +40,8 @@ JOB_LIMIT_S = 240.0
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as a job. RUNS is the shared folder of the runs, TEXT a file of text that every machine sees."""
+    """A stage as a job. RUNS is the shared folder of the runs; TEXT, a file of text, and NANOCHAT, a model of
+    nanochat's, are what every machine sees."""
 
     name: str
     flags: Sequence[str]
@@ -77,6 +81,12 @@ STAGES = (
         ],
         writes="base/checkpoints/step_000004/checkpoint.json",
         prints="ray: joining",
+    ),
+    Stage(
+        "base-eval",
+        ["--checkpoint=RUNS/base", "--shards=RUNS/shards", "--max_tokens=512", "--sampling.max_tokens=4"],
+        writes="base/base-eval/step_000004/report.json",
+        prints="bits per byte",
     ),
     Stage(
         "sample",
@@ -122,6 +132,22 @@ STAGES = (
     ),
     Stage("chat", ["--checkpoint=RUNS/rl", "--prompt=One plus one", "--sampling.max_tokens=4"]),
     Stage("report", ["RUNS"], writes="report.html"),
+    Stage("import-nanochat", ["NANOCHAT", "--out=RUNS/imported"], writes="imported/checkpoints/step_000000/checkpoint.json"),
+    Stage(
+        "quickstart",
+        [
+            "--corpus.num_documents=1500",
+            "--pretrain.horizon.value=3",
+            "--pretrain.eval_tokens=512",
+            "--sft.max_steps=2",
+            "--rl={num_steps: 1, prompts_per_step: 2, num_samples: 2, max_tokens: 8}",
+            "--rl.validation.num_examples=4",
+            "--chat_eval={tasks: [{num_examples: 4}, {num_examples: 4}], max_tokens: 8}",
+            "--out=RUNS/quickstart",
+        ],
+        writes="quickstart/report.html",
+        prints="after RL",
+    ),
 )
 
 
@@ -168,9 +194,13 @@ class Head:
 
     def get(self, path: str, token: str | None) -> int:
         """HTTP status of the dashboard's answer; 0 where nothing answers."""
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        return self.get_url(f"{self.url}{path}", {"Authorization": f"Bearer {token}"} if token else {})
+
+    @staticmethod
+    def get_url(url: str, headers: Mapping[str, str] | None = None) -> int:
+        """HTTP status of any answer; 0 where nothing answers."""
         try:
-            with urllib.request.urlopen(urllib.request.Request(f"{self.url}{path}", headers=headers), timeout=10) as ok:
+            with urllib.request.urlopen(urllib.request.Request(url, headers=dict(headers or {})), timeout=10) as ok:
                 return int(ok.status)
         except urllib.error.HTTPError as error:
             return error.code
@@ -289,7 +319,7 @@ def test_a_job_gets_the_code_and_not_the_runs(head: Head, checkout: Path) -> Non
 
 def test_every_stage_runs_as_a_job(head: Head, checkout: Path, shared: Path) -> None:
     for stage in STAGES:
-        places = (("RUNS", str(shared / "runs")), ("TEXT", str(shared / "text.jsonl")))
+        places = (("RUNS", str(shared / "runs")), ("TEXT", str(shared / "text.jsonl")), ("NANOCHAT", str(NANOCHAT)))
         flags = list(stage.flags)
         for word, place in places:
             flags = [flag.replace(word, place) for flag in flags]
@@ -299,6 +329,34 @@ def test_every_stage_runs_as_a_job(head: Head, checkout: Path, shared: Path) -> 
         assert (shared / "runs" / stage.writes).exists(), f"{stage.name} wrote no {stage.writes}:\n{done.stdout}"
     launch = json.loads((shared / "runs/base/provenance.jsonl").read_text(encoding="utf-8"))
     assert launch["command"][1:3] == ["pretrain", "--depth=2"]
+
+
+def test_serve_answers_until_the_job_is_stopped(head: Head, checkout: Path, shared: Path) -> None:
+    """After the stages above, whose chat model it serves."""
+    with ExitStack() as held:
+        port = Head._free_port(held)
+    command = ["rayllm", "serve", f"--checkpoint={shared / 'runs/rl'}", f"--port={port}", "--device=cpu"]
+    submitted = head.ray(
+        "job", "submit", "--working-dir", ".", "--no-wait", "--submission-id=serve", "--", *command, cwd=checkout
+    )
+    assert submitted.returncode == 0, submitted.stdout
+    body = {"messages": [{"role": "user", "content": "One plus one"}], "max_tokens": 4}
+    url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + JOB_LIMIT_S
+    while head.get_url(f"{url}/health") != 200:
+        told = head.ray("job", "logs", "serve", cwd=shared).stdout
+        assert time.monotonic() < deadline and "error" not in told, told
+        time.sleep(1.0)
+    asked = urllib.request.Request(f"{url}/v1/chat/completions", data=json.dumps(body).encode())
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        assert json.load(answer)["usage"]["completion_tokens"] <= 4
+    assert head.ray("job", "stop", "serve", cwd=shared).returncode == 0
+    while head.get_url(f"{url}/health") != 0:
+        assert time.monotonic() < deadline, "it still answers"
+        time.sleep(0.5)
+
+
+def test_no_stage_is_left_out() -> None:
+    assert {stage.name for stage in STAGES} | {"serve"} == {stage.name for stage in cli.STAGES}
 
 
 def test_a_job_that_fails_says_so(head: Head, checkout: Path, shared: Path) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from actors.quickstart import StageClock, place, render_end, write_corpus
+from actors.quickstart import StageClock, place, render_end, render_scores, write_corpus
 from rayllm.config.chat_schema import CorpusConfig, QuickstartConfig
 from rayllm.config.load import load_config
+from rayllm.runs.progress import ProgressFollower
 
 
 def test_every_stage_reads_what_the_one_before_it_wrote(tmp_path: Path) -> None:
@@ -37,7 +40,7 @@ def test_a_seed_moves_everything_but_the_problems_held_out() -> None:
 def test_the_clock_keeps_the_time_of_work_that_is_done_already(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     path.write_text(json.dumps({"stages": {"rl": {"seconds": 99.0}}}))
-    clock = StageClock(path)
+    clock = StageClock(path, io.StringIO())
     clock.time("rl", lambda: None)
     clock.time("sft", lambda: None)
     clock.write(pass_at_1={"sft": {"value": 0.5}})
@@ -47,6 +50,30 @@ def test_the_clock_keeps_the_time_of_work_that_is_done_already(tmp_path: Path) -
     with pytest.raises(ZeroDivisionError):
         clock.time("broken", lambda: 1 // 0)
     assert "broken" not in json.loads(path.read_text())["stages"]
+
+
+def test_a_stage_is_one_line_and_the_rest_is_in_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def stage() -> None:
+        print("rl: 7 problems")
+        print("rl: starting actors", file=sys.stderr)
+        with ProgressFollower(tmp_path / "metrics.jsonl", num_steps=2, poll_every_s=0.01):
+            lines = [
+                {"step": 2, "train/loss": 0.5},
+                {"step": 2, "val/pass@1": 0.25},
+                {"step": 2, "name": "sample", "text": "Hi!"},
+            ]
+            (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        print("rl: 2 steps done")
+
+    log = io.StringIO()
+    clock = StageClock(tmp_path / "summary.json", log)
+    clock.time("rl", stage)
+    clock.time("chat-eval rl", lambda: print("report: there"), lambda: "pass@1 50.0%")
+    shown = capsys.readouterr()
+    assert shown.out == "rl                0s  2 steps done\nchat-eval rl      0s  pass@1 50.0%\n"
+    assert shown.err == "rl  step 2/2  loss 0.500\n"
+    for said in ("== rl", "rl: 7 problems", "rl: starting actors", "val pass@1 0.2500", "sample: Hi!", "report: there"):
+        assert said in log.getvalue(), said
 
 
 def test_the_corpus_is_written_once_and_mended(tmp_path: Path) -> None:
@@ -70,3 +97,11 @@ def test_the_last_table_tells_before_and_after() -> None:
     shown = render_end({"sft": scores(0.5), "rl": scores(0.8)}, {"sft": 61.0, "rl": 60.0}, config, Path("there/r.html"))
     assert "50.0% +- 1.0%" in shown and "80.0% +- 1.0%" in shown and "90.0%" in shown
     assert "2 stages in 2m01s" in shown and "there/r.html" in shown and "rayllm serve --checkpoint=there/rl" in shown
+
+
+def test_what_cannot_be_told_of_a_single_problem_ends_nothing() -> None:
+    estimate = {"value": 1.0, "stderr": None, "num_problems": 1}
+    scores = [{"task": "word_problems/test", "pass@1": estimate, "greedy": {**estimate, "value": None}}]
+    assert render_scores(scores) == "pass@1 100.0% +- nan% word_problems/test"
+    config = place(load_config(QuickstartConfig, "quickstart", ["--out=there"]))
+    assert "nan% +- nan%" in render_end({"sft": scores, "rl": scores}, {"sft": 1.0}, config, Path("r.html"))

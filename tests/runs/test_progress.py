@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from rayllm.runs.progress import MetricsTail, Pace, ProgressFollower, render_duration, render_validation
+from rayllm.runs.progress import (
+    MetricsTail,
+    Pace,
+    ProgressFollower,
+    only_progress,
+    render_duration,
+    render_validation,
+)
 
 
 class Terminal(io.StringIO):
@@ -209,3 +216,20 @@ def test_validation_in_whatever_a_stage_measures() -> None:
     assert render_validation({"step": 4, "val/loss": 2.5, "val/loss_stderr": 0.01}) == "val loss 2.5000 +- 0.0100"
     record = {"step": 4, "val/pass@1": 0.5, "val/pass@1_stderr": 0.02, "val/greedy": 0.625}
     assert render_validation(record) == "val pass@1 0.5000 +- 0.0200, greedy 0.6250"
+
+
+def test_only_progress_on_the_screen_and_the_rest_in_a_log(records):
+    lines, terminal, log = io.StringIO(), Terminal(), io.StringIO()
+    for stream in (lines, terminal):
+        with (
+            only_progress(stream, "rl", log),
+            ProgressFollower(records.path, 732, poll_every_s=0.01, line_every_s=60),
+        ):
+            records.train(120)
+            records.validation(120)
+            wait_for(lambda: log.getvalue().endswith("val bpb 1.2346 +- 0.0051\n"))
+            log.truncate(log.seek(0))
+    assert lines.getvalue().splitlines()[0].startswith("rl  step 120/732  loss 4.812")
+    assert "\rrl  16% |" in terminal.getvalue()
+    assert "val bpb" not in lines.getvalue() + terminal.getvalue()
+    assert terminal.getvalue().endswith(" \r"), "the bar is wiped off"

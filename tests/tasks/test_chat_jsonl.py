@@ -73,6 +73,7 @@ BAD_LINES = {
     '{"messages": [{"role": "user"}]}': "unknown_shape",
     '{"conversations": [{"from": ["human"], "value": "x"}]}': "unknown_shape",
     '{"conversation": ["hi", 3]}': "unknown_shape",
+    '{"conversation": "hi"}': "unknown_shape",
     '{"turns": ["hi"]}': "unknown_shape",
     '{"instruction": "do", "instances": []}': "unknown_shape",
     "[]": "empty",
