@@ -75,6 +75,11 @@ class SequenceState:
         """Tokens behind the prompt that the cache holds."""
         return self.num_cached - len(self.prompt_ids)
 
+    @property
+    def ended_in_a_draw(self) -> bool:
+        """Whether its last token was drawn and ended it; else a tool's output, a failure or a cancellation did."""
+        return self.finish_reason in ("stop", "length") and self.sampled[-1]
+
     def leave_prefix(self) -> None:
         """Use it no more."""
         if self.prefix is not None:
