@@ -9,7 +9,6 @@ runs beside the loop, and its output enters the sequence in one short chunk. The
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -207,20 +206,21 @@ class Engine:
     def _draw(self, deltas: list[Delta]) -> None:
         """One token for each sequence that is ready for it; one whose logits are not numbers has failed."""
         running = self._scheduler.running
-        kinds: dict[_Kind, list[int]] = {}
-        for row_idx, sequence in enumerate(running):
-            if not sequence.num_due and not sequence.is_calling and sequence.finish_reason is None:
-                kinds.setdefault(_Kind.of(sequence.sampling), []).append(row_idx)
+        kinds: dict[tuple[float, int | None, float | None], list[int]] = {}  # rows of one kind are drawn together
+        for row_idx, s in enumerate(running):
+            if not s.is_calling and s.finish_reason is None and not s.num_due:
+                how = s.sampling
+                kinds.setdefault((how.temperature, how.top_k, how.top_p), []).append(row_idx)
         if not kinds:
             return
         logits_BV = self._runner.logits_BV(len(running))
-        seeds_B = np.array([sequence.seed for sequence in running], dtype=np.uint64)
-        t_B = np.array([len(sequence.token_ids) for sequence in running], dtype=np.uint64)
-        for kind, rows in kinds.items():
-            if len(rows) == len(running):
-                draws = draw_tokens(logits_BV, seeds_B, t_B, **kind._asdict())
-            else:
-                draws = draw_tokens(logits_BV[rows], seeds_B[rows], t_B[rows], **kind._asdict())
+        seeds_B = np.array([s.seed for s in running], dtype=np.uint64)
+        t_B = np.array([len(s.token_ids) for s in running], dtype=np.uint64)
+        for (temperature, top_k, top_p), rows in kinds.items():
+            chosen = slice(None) if len(rows) == len(running) else rows
+            draws = draw_tokens(
+                logits_BV[chosen], seeds_B[chosen], t_B[chosen], temperature=temperature, top_k=top_k, top_p=top_p
+            )
             for i, row_idx in enumerate(rows):
                 deltas.append(self._add(running[row_idx], draws, i))
 
@@ -246,18 +246,6 @@ class Engine:
         unseen = [i for i, s in enumerate(running) if s.finish_reason is not None and not s.ended_in_a_draw]
         damaged = self._runner.scrub(unseen)
         self._runner.change(self._scheduler.remove_finished(keeps=not self._repeats, damaged=damaged))
-
-
-class _Kind(NamedTuple):
-    """How a token is drawn: rows of one kind are drawn together."""
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-
-    @staticmethod
-    def of(sampling: SamplingConfig) -> _Kind:
-        return _Kind(sampling.temperature, sampling.top_k, sampling.top_p)
 
 
 def _delta(sequence: SequenceState, token_ids: tuple[int, ...], *, sampled: bool) -> Delta:
