@@ -9,7 +9,6 @@ runs beside the loop, and its output enters the sequence in one short chunk. The
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -43,6 +42,8 @@ class Engine:
     `repeats` makes what a batch gives depend on the batch alone, down to the last bit: tool output joins one step after
     its call, and nothing is kept of prompts once the engine is idle. Without it a call's output joins when it is there,
     and a prompt that goes on from an earlier one starts where that ended.
+
+    Raises ValueError for sizes with which nothing could ever run.
     """
 
     def __init__(
@@ -61,13 +62,17 @@ class Engine:
         row_chunk_len: int = ROW_CHUNK_LEN,
         token_budget: int = TOKEN_BUDGET,
     ) -> None:
+        num_prompts = num_slots if num_prompts is None else num_prompts
+        sizes = {"num_slots": num_slots, "num_prompts": num_prompts, "max_len": max_len, "chunk_len": chunk_len}
+        for name, size in (sizes | {"row_chunk_len": row_chunk_len, "token_budget": token_budget}).items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         self.weights_version = weights_version
         self._tokenizer = tokenizer
         self._vocab_size = model.config.vocab_size
         self._max_len = max_len
         self._repeats = repeats
         self._dialect = Dialect.of(tokenizer)
-        num_prompts = num_prompts or num_slots
         self._runner = ModelRunner(
             model,
             num_slots=num_slots,
@@ -103,7 +108,7 @@ class Engine:
         handle.sequences = [
             SequenceState(
                 handle=handle,
-                prompt_ids=prompt.token_ids,
+                prompt_ids=tuple(prompt.token_ids),
                 sample_idx=i,
                 sampling=sampling,
                 seed=stable_seed(run_seed, prompt.prompt_id, i),
@@ -123,7 +128,7 @@ class Engine:
         deltas = [_end(sequence) for sequence in self._scheduler.cancelled()]
         self._remove_finished()
         self._join_tool_output(deltas)
-        work = self._scheduler.plan()
+        work = self._scheduler.plan(starts=self._new_weights is None)
         self._runner.prepare(work.clears, work.copies)
         self._runner.run(work.chunks)
         if self._new_weights is None:
@@ -162,7 +167,7 @@ class Engine:
 
     def load(self, state: Mapping[str, Tensor], version: int, *, drain: bool = False) -> None:
         """Replace the weights. What runs goes on under the new ones, from its tokens so far, computed anew; or, with
-        `drain`, it ends under the old ones, and nothing else starts before.
+        `drain`, it ends under the old ones, and nothing else starts before; `state` must stay as it is until then.
 
         Raises ValueError, and changes nothing, where the weights are of another model.
         """
@@ -201,20 +206,21 @@ class Engine:
     def _draw(self, deltas: list[Delta]) -> None:
         """One token for each sequence that is ready for it; one whose logits are not numbers has failed."""
         running = self._scheduler.running
-        kinds: dict[_Kind, list[int]] = {}
-        for row_idx, sequence in enumerate(running):
-            if not sequence.num_due and not sequence.is_calling and sequence.finish_reason is None:
-                kinds.setdefault(_Kind.of(sequence.sampling), []).append(row_idx)
+        kinds: dict[tuple[float, int | None, float | None], list[int]] = {}  # rows of one kind are drawn together
+        for row_idx, s in enumerate(running):
+            if not s.is_calling and s.finish_reason is None and not s.num_due:
+                how = s.sampling
+                kinds.setdefault((how.temperature, how.top_k, how.top_p), []).append(row_idx)
         if not kinds:
             return
         logits_BV = self._runner.logits_BV(len(running))
-        seeds_B = np.array([sequence.seed for sequence in running], dtype=np.uint64)
-        t_B = np.array([len(sequence.token_ids) for sequence in running], dtype=np.uint64)
-        for kind, rows in kinds.items():
-            if len(rows) == len(running):
-                draws = draw_tokens(logits_BV, seeds_B, t_B, **kind._asdict())
-            else:
-                draws = draw_tokens(logits_BV[rows], seeds_B[rows], t_B[rows], **kind._asdict())
+        seeds_B = np.array([s.seed for s in running], dtype=np.uint64)
+        t_B = np.array([len(s.token_ids) for s in running], dtype=np.uint64)
+        for (temperature, top_k, top_p), rows in kinds.items():
+            chosen = slice(None) if len(rows) == len(running) else rows
+            draws = draw_tokens(
+                logits_BV[chosen], seeds_B[chosen], t_B[chosen], temperature=temperature, top_k=top_k, top_p=top_p
+            )
             for i, row_idx in enumerate(rows):
                 deltas.append(self._add(running[row_idx], draws, i))
 
@@ -235,22 +241,11 @@ class Engine:
         return _delta(sequence, (token_id,), sampled=True)
 
     def _remove_finished(self) -> None:
+        """Free the rows of what has ended. What ended with a token that was drawn had numbers for logits."""
         running = self._scheduler.running
-        ended = [row_idx for row_idx, s in enumerate(running) if s.finish_reason in ("failed", "cancelled")]
-        damaged = self._runner.scrub(ended)
+        unseen = [i for i, s in enumerate(running) if s.finish_reason is not None and not s.ended_in_a_draw]
+        damaged = self._runner.scrub(unseen)
         self._runner.change(self._scheduler.remove_finished(keeps=not self._repeats, damaged=damaged))
-
-
-class _Kind(NamedTuple):
-    """How a token is drawn: rows of one kind are drawn together."""
-
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-
-    @staticmethod
-    def of(sampling: SamplingConfig) -> _Kind:
-        return _Kind(sampling.temperature, sampling.top_k, sampling.top_p)
 
 
 def _delta(sequence: SequenceState, token_ids: tuple[int, ...], *, sampled: bool) -> Delta:

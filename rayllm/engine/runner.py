@@ -158,14 +158,8 @@ class ModelRunner:
         num_rows, is_static = len(running), self._graphs is not None
         num_columns = min(_round_up(num_rows, GRAPH_ROWS_PER_BUCKET), self.rows.num_rows) if is_static else num_rows
         numbers_5B = np.zeros((5, num_columns), dtype=np.int64)
-        prompt_B = np.empty(num_rows, dtype=np.int64)
-        for row_idx, sequence in enumerate(running):
-            position = sequence.num_cached - (not sequence.num_due)
-            sequence.num_cached = position + 1
-            assert sequence.prefix is not None
-            prompt_B[row_idx] = sequence.prefix.row_idx
-            token_id, before_id = sequence.token(position), sequence.token(position - 1)
-            numbers_5B[:4, row_idx] = token_id, before_id, position, len(sequence.prompt_ids)
+        numbers_5B[:, :num_rows] = np.array([sequence.run_next() for sequence in running]).T
+        prompt_B = numbers_5B[4, :num_rows].copy()
         own_B = (numbers_5B[2] - numbers_5B[3])[:num_rows]
         first_prompt = 0 if is_static else int(prompt_B.min())
         count_P = np.bincount(prompt_B - first_prompt)

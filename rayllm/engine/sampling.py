@@ -64,14 +64,15 @@ def draw_tokens(
     """
     if logits_BV.device.type == "mps":  # which has no float64
         logits_BV = logits_BV.cpu()
+    logits_BV = logits_BV.sub_(logits_BV.amax(dim=-1, keepdim=True))
     if temperature not in (0, 1):
-        logits_BV = logits_BV.div_(temperature)
+        logits_BV = logits_BV.div_(max(temperature, torch.finfo(logits_BV.dtype).tiny))
     kept_ids = None
     if temperature != 0 and ((top_k is not None and top_k < logits_BV.size(-1)) or (top_p is not None and top_p < 1)):
         logits_BV = _cut(logits_BV, top_k, top_p)
         kept_ids = [tuple(row.nonzero()[:, 0].tolist()) for row in logits_BV > -torch.inf]
     tokens_B = logits_BV.argmax(dim=-1) if temperature == 0 else None
-    weights_BV = logits_BV.sub_(logits_BV.amax(dim=-1, keepdim=True)).exp_()
+    weights_BV = logits_BV.exp_()
     if tokens_B is not None:
         total_B = weights_BV.sum(dim=-1).double()
     else:

@@ -95,9 +95,9 @@ class Scheduler:
     def submit(self, sequences: Iterable[SequenceState]) -> None:
         self.waiting.extend(sequences)
 
-    def plan(self) -> Work:
-        """What to compute before tokens are drawn: the tokens that running sequences owe (what a tool wrote), then
-        prompts of sequences for which a row is free. It counts as done."""
+    def plan(self, *, starts: bool = True) -> Work:
+        """What to compute before tokens are drawn: the tokens that running sequences owe (what a tool wrote), then, if
+        any may start now, prompts of sequences for which a row is free. It counts as done."""
         work, room = Work([], [], []), self.token_budget
         for row_idx, sequence in enumerate(self.running):
             if sequence.num_due > 1 and room and sequence.finish_reason is None:
@@ -106,7 +106,7 @@ class Scheduler:
                 work.chunks.append(self._own_chunk(row_idx, start, end))
                 sequence.num_cached = end
                 room -= end - start
-        for prefix in self._prefixes_wanted(work):
+        for prefix in self._prefixes_wanted(work) if starts else ():
             start = prefix.num_cached
             end = min(len(prefix.token_ids), start + self.chunk_len, start + room)
             if end > start:

@@ -54,7 +54,8 @@ class SequenceState:
     sampled: list[bool] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     kept_ids: list[tuple[int, ...]] = field(default_factory=list)
-    versions: list[tuple[int, int]] = field(default_factory=list)
+    versions: list[list[int]] = field(default_factory=list)
+    """Runs of [version, number of tokens]."""
     finish_reason: FinishReason | None = None
     error: str | None = None
 
@@ -75,6 +76,11 @@ class SequenceState:
         """Tokens behind the prompt that the cache holds."""
         return self.num_cached - len(self.prompt_ids)
 
+    @property
+    def ended_in_a_draw(self) -> bool:
+        """Whether its last token was drawn and ended it; else a tool's output, a failure or a cancellation did."""
+        return self.finish_reason in ("stop", "length") and self.sampled[-1]
+
     def leave_prefix(self) -> None:
         """Use it no more."""
         if self.prefix is not None:
@@ -92,6 +98,18 @@ class SequenceState:
         if position < n:
             return self.prompt_ids[position] if position >= 0 else -1
         return self.token_ids[position - n]
+
+    def run_next(self) -> tuple[int, int, int, int, int]:
+        """The next due token, or where none is due the last one again, as run and cached from now on: the token, the
+        one before it, its position, the length of the prompt, and the prompt's row."""
+        assert self.prefix is not None
+        num_prompt, ids = len(self.prompt_ids), self.token_ids
+        position = min(self.num_cached, num_prompt + len(ids) - 1)
+        self.num_cached = position + 1
+        own = position - num_prompt
+        if own > 0:
+            return ids[own], ids[own - 1], position, num_prompt, self.prefix.row_idx
+        return self.token(position), self.token(position - 1), position, num_prompt, self.prefix.row_idx
 
     def add(self, token_id: int, logprob: float, kept_ids: tuple[int, ...], version: int) -> tuple[int, ...] | None:
         """Take the drawn token; returns the code of the tool block that it closes, if it closes one."""
@@ -131,7 +149,7 @@ class SequenceState:
             sampled_mask=tuple(self.sampled),
             logprobs=tuple(self.logprobs),
             finish_reason=self.finish_reason,
-            weights_versions=tuple(self.versions),
+            weights_versions=tuple((version, count) for version, count in self.versions),
             kept_ids=tuple(self.kept_ids) if any(self.kept_ids) else None,
             error=self.error,
         )
@@ -141,10 +159,9 @@ class SequenceState:
         self.sampled.append(sampled)
         self.logprobs.append(logprob)
         self.kept_ids.append(kept_ids)
-        if self.versions and self.versions[-1][0] == version:
-            self.versions[-1] = (version, self.versions[-1][1] + 1)
-        else:
-            self.versions.append((version, 1))
+        if not self.versions or self.versions[-1][0] != version:
+            self.versions.append([version, 0])
+        self.versions[-1][1] += 1
 
     def _ends_in_stop_text(self, token_id: int) -> bool:
         assert self.answer is not None

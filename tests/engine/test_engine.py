@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rayllm.config.schema import SamplingConfig
+from rayllm.engine.engine import Engine
 from rayllm.engine.request import Handle, Request
 from rayllm.engine.sampling import stable_seed
 from rayllm.model.gpt import GPT
@@ -327,3 +328,42 @@ def test_a_row_that_is_not_a_number_stops_nobody_beside_it(lab) -> None:
     )
     unbroken = lab.engine(model).generate([good, fine], sampling, num_samples=2)
     assert [[c.token_ids for c in groups[i]] for i in (0, 2)] == [[c.token_ids for c in group] for group in unbroken]
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_numbers_that_fail_behind_the_last_draw_stay_with_nobody(lab, repeats: bool) -> None:
+    """A call's output ends the sequence, after the token before it has left keys that are no numbers."""
+    model, short, (start, token) = (
+        lab.model(),
+        SamplingConfig(max_tokens=3),
+        lab.ids("<|python_start|>", "<|python_end|>"),
+    )
+    model.lm_head.weight.data[start] *= 3
+    poisoned = lab.model()
+    poisoned.load_state_dict(model.state_dict())
+    poisoned.wte.weight.data[token] = torch.nan
+    settings = {"num_slots": 1, "num_prompts": 2, "repeats": repeats, "calculator": lambda code: "x" * 40}
+    num_ended_so = 0
+    for text in "abcdefghijklmnopqrst":
+        engine = lab.engine(poisoned, **settings)
+        ((first,),) = engine.generate([lab.prompt(text)], SamplingConfig(max_tokens=40))
+        if first.finish_reason != "length" or first.sampled_mask[-1]:
+            continue
+        num_ended_so += 1
+        prompts = [lab.prompt(text, f"again{i}") for i in range(4)]
+        expected = lab.engine(model, **settings).generate(prompts, short)
+        for (found,), (right,) in zip(engine.generate(prompts, short), expected, strict=True):
+            assert token in right.token_ids or found.token_ids == right.token_ids, found.error
+    assert num_ended_so >= 2
+
+
+def test_a_prompt_may_be_any_sequence_of_tokens(lab) -> None:
+    prompt, sampling = lab.prompt("as a list"), SamplingConfig(max_tokens=5)
+    groups = lab.engine(lab.model()).generate([prompt, Prompt(prompt.prompt_id, list(prompt.token_ids))], sampling)  # type: ignore[arg-type]
+    assert groups[0][0].token_ids == groups[1][0].token_ids
+
+
+@pytest.mark.parametrize("name", ["num_slots", "num_prompts", "max_len", "chunk_len", "row_chunk_len", "token_budget"])
+def test_an_engine_in_which_nothing_could_run_is_refused(lab, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        Engine(lab.scripted({}), lab.tokenizer, **{"num_slots": 2, "max_len": 20, name: 0})

@@ -103,6 +103,15 @@ def test_top_p_keeps_the_likeliest_that_have_the_share() -> None:
     assert set(draws.tokens) == {2, 0}, "top_k cuts first"
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-40, 1e-300])
+def test_however_low_the_temperature_numbers_stay_numbers(temperature: float) -> None:
+    logits_BV = torch.randn(20, 300, generator=torch.Generator().manual_seed(1)) * 5
+    for cuts in ({}, {"top_k": 7, "top_p": 0.5}):
+        draws = draw_tokens(logits_BV.clone(), many_seeds(20), 3, temperature=temperature, **cuts)
+        assert draws.tokens == logits_BV.argmax(-1).tolist() and all(draws.is_finite)
+        assert draws.logprobs == pytest.approx([0.0] * 20, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     "how", [{"temperature": 0}, {"temperature": 1}, {"temperature": 0.5, "top_k": 2, "top_p": 0.9}]
 )

@@ -51,6 +51,19 @@ def test_to_drain_ends_what_runs_and_starts_the_rest_under_the_new_weights(lab) 
         lab.check(handle.completions()[0], handle.request.prompt.token_ids, sampling, seed, models)
 
 
+def test_while_it_drains_no_prompt_is_computed_in_vain(lab) -> None:
+    engine = lab.engine(lab.model(5), num_slots=2)
+    engine.submit(Request(lab.prompt("one"), SAMPLING))
+    engine.step()
+    engine.load(lab.model(7).state_dict(), 1, drain=True)
+    engine.submit(Request(lab.prompt("another"), SAMPLING))
+    for _ in range(5):
+        engine.step()
+        assert len(engine._scheduler.prefixes) == 1
+    lab.run(engine)
+    assert engine.weights_version == 1
+
+
 def test_to_drain_an_idle_engine_is_to_load(lab) -> None:
     engine = lab.engine(lab.model(5))
     engine.load(lab.model(7).state_dict(), 1, drain=True)
