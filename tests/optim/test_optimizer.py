@@ -38,7 +38,13 @@ def muon_reference(p, g, momentum_buffer, variance, *, lr, momentum, beta2, weig
 
 
 def muon_group(params, **settings):
-    group = {"kind": "muon", "names": [f"w{i}" for i in range(len(params))], "params": params, "lr": 0.02}
+    group = {
+        "kind": "muon",
+        "name": "matrices",
+        "names": [f"w{i}" for i in range(len(params))],
+        "params": params,
+        "lr": 0.02,
+    }
     defaults = {"momentum": 0.95, "beta2": 0.9, "weight_decay": 0.1, "orthogonalize_dtype": params[0].dtype}
     return group | defaults | settings
 
@@ -58,10 +64,11 @@ def test_muon_matches_reference(shape) -> None:
                 expected[i][0], grad, *expected[i][1:], lr=0.02, momentum=0.95, beta2=0.9, weight_decay=0.1
             )
         optimizer.step()
-    for param, (p, momentum_buffer, variance) in zip(params, expected, strict=True):
+    state = optimizer.named_state()
+    for i, (param, (p, momentum_buffer, variance)) in enumerate(zip(params, expected, strict=True)):
         np.testing.assert_allclose(param.detach().numpy(), p, rtol=1e-9, atol=1e-12)
-        np.testing.assert_allclose(optimizer.state[param]["momentum"].numpy(), momentum_buffer, rtol=1e-9)
-        np.testing.assert_allclose(optimizer.state[param]["variance"].numpy(), variance, rtol=1e-9)
+        np.testing.assert_allclose(state[f"w{i}/momentum"].numpy(), momentum_buffer, rtol=1e-9)
+        np.testing.assert_allclose(state[f"w{i}/variance"].numpy(), variance, rtol=1e-9)
 
 
 def test_orthogonalize_evens_out_singular_values() -> None:
@@ -77,7 +84,7 @@ def test_adamw_matches_torch() -> None:
     start = torch.randn(6, 4, generator=generator, dtype=torch.float64)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     settings = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1}
-    optimizer = MuonAdamW([{"kind": "adamw", "names": ["w"], "params": [ours], **settings}])
+    optimizer = MuonAdamW([{"kind": "adamw", "name": "table", "names": ["w"], "params": [ours], **settings}])
     reference = torch.optim.AdamW([theirs], **settings)
     for _ in range(5):
         ours.grad = torch.randn(6, 4, generator=generator, dtype=torch.float64)
