@@ -89,6 +89,10 @@ class MatrixShare:
         ]
         torch._foreach_copy_([param for param, _ in others], [sent for _, sent in others])
 
+    def held(self) -> list[Tensor]:
+        """All state that this worker keeps."""
+        return list(self._stacks().values())
+
     def shapes(self) -> dict[str, torch.Size]:
         """Shape of every buffer of the whole group, by `PARAMETER/BUFFER`."""
         by_key = {key: stack.shape[1:] for key, stack in self._stacks().items()}

@@ -80,10 +80,11 @@ class MuonAdamW(torch.optim.Optimizer):
         return self._update_rms
 
     def _measure_update(self, before: list[list[Tensor]]) -> dict[str, Tensor]:
-        norms = [
-            torch._foreach_norm(torch._foreach_sub(s.own(), old)) for s, old in zip(self._shares, before, strict=True)
-        ]
-        squares = torch.stack([torch.stack(n).square().sum() if n else self.grad_norm.new_zeros(()) for n in norms])
+        squares = self.grad_norm.new_zeros(len(self._shares))
+        for i, (share, olds) in enumerate(zip(self._shares, before, strict=True)):
+            if olds:
+                norms = torch._foreach_norm(torch._foreach_sub(share.own(), olds))
+                squares[i] = torch.stack(norms).square().sum()
         self._workers.sum_(squares)
         sizes = [sum(p.numel() for p in share.group["params"]) for share in self._shares]
         names = [share.group["name"] for share in self._shares]
@@ -119,6 +120,11 @@ class MuonAdamW(torch.optim.Optimizer):
                 )
         for share in self._shares:
             share.load_state(saved)
+
+    @property
+    def state_bytes(self) -> int:
+        """Size of the state that this worker keeps."""
+        return sum(tensor.nbytes for share in self._shares for tensor in share.held())
 
     @property
     def _shares(self) -> list[TableShare | MatrixShare]:

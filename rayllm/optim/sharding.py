@@ -9,6 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Its name since torch 2.13, where the older one warns.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
 
 @dataclass(frozen=True)
 class Workers:
@@ -22,7 +25,8 @@ class Workers:
         before reading. A collective call."""
         if self.world_size == 1 or not shares.numel():
             return None
-        return dist.all_gather_into_tensor(shares.view(-1), shares[self.rank].view(-1), async_op=True)
+        work: dist.Work | None = _all_gather(shares.view(-1), shares[self.rank].view(-1), async_op=True)
+        return work
 
     def gather_to_first(self, share: Tensor) -> list[Tensor]:
         """The shares of all workers, of one shape, in order, on worker 0; nothing elsewhere. A collective call."""

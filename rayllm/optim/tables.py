@@ -83,6 +83,10 @@ class TableShare:
         while self._works:
             self._works.pop().wait()
 
+    def held(self) -> list[Tensor]:
+        """All state that this worker keeps."""
+        return [buffer for p in self._pieces for buffer in p.buffers.values()]
+
     def shapes(self) -> dict[str, torch.Size]:
         """Shape of every buffer of the whole group, by `PARAMETER/BUFFER`."""
         named = zip(self.group["names"], self.group["params"], strict=True)
