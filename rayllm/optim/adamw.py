@@ -2,27 +2,42 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 
 def adamw_update_(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    num_steps: list[Tensor],
     *,
-    num_steps: int,
     lr: float,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    signal: Tensor,
 ) -> None:
-    """One step, in place. `num_steps` counts this one, from 1."""
-    beta1, beta2 = betas
-    param.mul_(1 - lr * weight_decay)
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.lerp_(grad.square(), 1 - beta2)
-    denominator = exp_avg_sq.sqrt().div_(math.sqrt(1 - beta2**num_steps)).add_(eps)
-    param.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**num_steps))
+    """One step of all, in place, as one kernel of torch's. Nothing changes where the scalar `signal` is 0.
+
+    `num_steps` are float32 scalars on the parameters' device and count the steps before this one.
+    """
+    adamw(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        num_steps,
+        fused=True,
+        # Made for gradients that overflowed: the kernel looks at it on the device and leaves everything as it was.
+        found_inf=1 - signal.float(),
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )

@@ -16,22 +16,31 @@ SMEAR_AND_BACKOUT_LR = 0.2
 
 
 def build_optimizer(
-    model: GPT, config: OptimConfig, *, lr_multiplier: float = 1.0, matrix_weight_decay: float | None = None
+    model: GPT,
+    config: OptimConfig,
+    *,
+    lr_multiplier: float = 1.0,
+    matrix_weight_decay: float | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    compiles: bool = False,
 ) -> MuonAdamW:
     """AdamW for embeddings, unembedding and scalars, Muon for every matrix inside the blocks.
 
     `lr_multiplier` scales every rate but that of smear and backout (nanochat keeps it fixed);
-    `matrix_weight_decay` replaces the recipe's where it has been scaled.
+    `matrix_weight_decay` replaces the recipe's where it has been scaled. The work is shared out among the `world_size`
+    workers of the default process group; `compiles` has torch.compile fuse Muon's step.
     """
     width = lr_multiplier * (model.config.d_model / REFERENCE_D_MODEL) ** -0.5
     embedding_lr, unembedding_lr = config.embedding_lr * width, config.unembedding_lr * width
     scalar_lr = config.scalar_lr * lr_multiplier
     decay = config.weight_decay if matrix_weight_decay is None else matrix_weight_decay
 
-    def adamw(lr: float, betas: tuple[float, float], weight_decay: float, *prefixes: str) -> dict[str, Any]:
+    def adamw(name: str, lr: float, betas: tuple[float, float], weight_decay: float, *prefixes: str) -> dict[str, Any]:
         named = {n: p for n, p in model.named_parameters() if n.startswith(prefixes)}
         return {
             "kind": "adamw",
+            "name": name,
             "names": list(named),
             "params": list(named.values()),
             "lr": lr,
@@ -41,12 +50,12 @@ def build_optimizer(
         }
 
     groups = [
-        adamw(unembedding_lr, (0.8, 0.96), 0.01, "lm_head"),
-        adamw(embedding_lr, (0.8, 0.995), 0.001, "transformer.wte"),
-        adamw(embedding_lr * 0.5, (0.8, 0.995), 0.01, "value_embeds"),
-        adamw(scalar_lr * 0.01, (0.8, 0.95), 0.05, "resid_lambdas"),
-        adamw(scalar_lr, (0.96, 0.95), 0.0, "x0_lambdas"),
-        adamw(SMEAR_AND_BACKOUT_LR, (0.8, 0.95), 0.0, "smear_", "backout_"),
+        adamw("lm_head", unembedding_lr, (0.8, 0.96), 0.01, "lm_head"),
+        adamw("wte", embedding_lr, (0.8, 0.995), 0.001, "transformer.wte"),
+        adamw("value_embeds", embedding_lr * 0.5, (0.8, 0.995), 0.01, "value_embeds"),
+        adamw("resid_lambdas", scalar_lr * 0.01, (0.8, 0.95), 0.05, "resid_lambdas"),
+        adamw("x0_lambdas", scalar_lr, (0.96, 0.95), 0.0, "x0_lambdas"),
+        adamw("smear and backout", SMEAR_AND_BACKOUT_LR, (0.8, 0.95), 0.0, "smear_", "backout_"),
     ]
     by_shape: dict[torch.Size, dict[str, torch.nn.Parameter]] = defaultdict(dict)
     for name, param in model.named_parameters():
@@ -56,6 +65,7 @@ def build_optimizer(
         groups.append(
             {
                 "kind": "muon",
+                "name": "matrices " + "x".join(map(str, shape)),
                 "names": list(by_shape[shape]),
                 "params": list(by_shape[shape].values()),
                 "lr": config.matrix_lr * lr_multiplier,
@@ -68,4 +78,4 @@ def build_optimizer(
         )
     num_grouped = sum(len(g["params"]) for g in groups)
     assert num_grouped == len(list(model.parameters())), "every parameter is in exactly one group"
-    return MuonAdamW(groups)
+    return MuonAdamW(groups, rank=rank, world_size=world_size, compiles=compiles)
