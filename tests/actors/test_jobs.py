@@ -132,7 +132,11 @@ STAGES = (
     ),
     Stage("chat", ["--checkpoint=RUNS/rl", "--prompt=One plus one", "--sampling.max_tokens=4"]),
     Stage("report", ["RUNS"], writes="report.html"),
-    Stage("import-nanochat", ["NANOCHAT", "--out=RUNS/imported"], writes="imported/checkpoints/step_000000/checkpoint.json"),
+    Stage(
+        "import-nanochat",
+        ["NANOCHAT", "--out=RUNS/imported"],
+        writes="imported/checkpoints/step_000000/checkpoint.json",
+    ),
     Stage(
         "quickstart",
         [
