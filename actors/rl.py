@@ -41,6 +41,7 @@ def run(config: RLConfig) -> None:
     """The `rl` stage: teach a chat model, or go on with the run in `config.out`."""
     start = open_chat_checkpoint(config.checkpoint)
     num_problems = len(load_task(config.task))
+    load_task(config.validation)  # what is missing or damaged is told before there is a run directory
     check_sinks(config.tracking)
     plan = {"num_steps": config.num_steps, "num_problems": num_problems, "start": str(start.path)}
     with open_run(config.out, stage="rl", config=config, plan=plan, may_change=RESUMABLE_CHANGES) as run_dir:
