@@ -13,8 +13,9 @@ from rayllm.data.loader import DataPosition, StepBatch
 from rayllm.model.gpt import GPT
 from rayllm.optim.optimizer import MuonAdamW
 from rayllm.optim.schedule import Schedule
-from rayllm.runs.checkpoint import Checkpoint, save_checkpoint
+from rayllm.runs.checkpoint import Checkpoint
 from rayllm.runs.tracking import Tracker, build_tracker
+from rayllm.runs.writer import CheckpointWriter
 from rayllm.runtime import Runtime
 from rayllm.text.tokenizer import Tokenizer
 from rayllm.training.loop import Callbacks, Intervals, Metrics, fit
@@ -40,6 +41,11 @@ class Stage:
     sample_texts: Callable[[], Iterable[str]]
     last_validation: Metrics = field(default_factory=dict, init=False)
     _tracker: Tracker | None = field(default=None, init=False)
+    _writer: CheckpointWriter = field(init=False)
+
+    def __post_init__(self) -> None:
+        root = self.config.checkpoints or self.run_path / "checkpoints"
+        self._writer = CheckpointWriter(root, self.tokenizer, self.config.keep_checkpoints)
 
     def train(
         self,
@@ -57,6 +63,7 @@ class Stage:
         dropped.
         """
         config, checkpoint = self.config, self.resumes_from
+        self._agree(0 if checkpoint is None else checkpoint.step)
         if checkpoint is not None:
             self.optimizer.load_named_state(checkpoint.load_optimizer_state() or {})
         if self.runtime.rank == 0:
@@ -84,6 +91,7 @@ class Stage:
             batches.close()
             if self._tracker is not None:
                 self._tracker.close()
+            self._writer.close()  # last: it waits for the disk, and may raise
         return self.last_validation
 
     def report(self, step: int, metrics: Metrics) -> None:
@@ -100,23 +108,28 @@ class Stage:
                 self._tracker.log_text(step, "sample", text)
 
     def save(self, step: int, position: DataPosition) -> None:
+        """Begin to write a checkpoint; training goes on meanwhile."""
+        optimizer_state = self.optimizer.named_state()
         if self.runtime.rank != 0:
             return
-        save_checkpoint(
-            self.run_path / "checkpoints",
+        self._writer.save(
             step,
             model_state=self.model.state_dict(),
-            optimizer_state=self.optimizer.named_state(),
+            optimizer_state=optimizer_state,
             state={
                 "stage": self.name,
                 "model": self.model.config.to_dict(),
                 "position": asdict(position),
                 "tokenizer_fingerprint": self.tokenizer.fingerprint,
-                "metrics": self.last_validation,
+                "metrics": dict(self.last_validation),
             },
-            tokenizer=self.tokenizer,
-            keep=self.config.keep_checkpoints,
         )
+
+    def _agree(self, first_step: int) -> None:
+        """Raise RuntimeError where workers found different checkpoints: one was just being finished as they started."""
+        total = int(self.runtime.sum_over_workers([first_step])[0])
+        if total != first_step * self.runtime.world_size:
+            raise RuntimeError(f"worker {self.runtime.rank} found the checkpoint of step {first_step}, others another")
 
 
 def position_of(checkpoint: Checkpoint | None) -> DataPosition:
