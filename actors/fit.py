@@ -52,7 +52,7 @@ def run(config: PretrainConfig) -> None:
     with open_run(
         config.out, stage="pretrain", config=config, plan=plan.to_dict(), may_change=RESUMABLE_CHANGES
     ) as run_dir:
-        checkpoint = pretrain.check_resume(config.checkpoints or run_dir.path, plan)
+        checkpoint = pretrain.check_resume(run_dir.checkpoints, plan)
         shards, tokenizer = (str(Path(p).resolve()) for p in (config.data.shards, config.data.tokenizer))
         data = replace(config.data, shards=shards, tokenizer=tokenizer)
         placed = replace(config, checkpoints=run_dir.checkpoints, data=data)

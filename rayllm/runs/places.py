@@ -32,6 +32,11 @@ def absolute(place: Place) -> str:
     return os.fspath(place) if is_url(place) else str(local_path(place).absolute())
 
 
+def of_run(checkpoints: Place | None, run_path: Path) -> Place:
+    """Where a run's checkpoints are: where its recipe says (`checkpoints`), else in its directory."""
+    return checkpoints or run_path / "checkpoints"
+
+
 def below(place: Place, name: str) -> Place:
     """What `name` is called within a place."""
     return posixpath.join(os.fspath(place), name) if is_url(place) else local_path(place) / name
@@ -40,7 +45,9 @@ def below(place: Place, name: str) -> Place:
 def split(place: Place) -> tuple[Place, str]:
     """The folder that a place lies in, and its name there."""
     if is_url(place):
-        return posixpath.split(os.fspath(place).rstrip("/"))
+        protocol, _, path = os.fspath(place).rstrip("/").partition("://")
+        folder, _, name = path.rpartition("/")
+        return (f"{protocol}://{folder}", name) if folder else (place, "")
     path = local_path(place)
     return path.parent, path.name
 

@@ -24,7 +24,7 @@ import yaml
 
 from rayllm.config.load import to_dict, to_yaml
 from rayllm.runs.atomic import naming, write_atomic, write_json
-from rayllm.runs.places import absolute, open_store
+from rayllm.runs.places import absolute, of_run, open_store
 from rayllm.runs.provenance import describe_launch, timestamp
 from rayllm.runs.store import CheckpointStore
 
@@ -102,7 +102,7 @@ def open_run(
         launches = directory / "provenance.jsonl"
         with naming(launches), open(launches, "a", encoding="utf-8") as file:
             file.write(json.dumps(describe_launch()) + "\n")
-        yield RunDir(directory, record.run_id, resumed, place or str(directory / "checkpoints"))
+        yield RunDir(directory, record.run_id, resumed, str(of_run(place, directory)))
 
 
 def read_run(path: str | Path) -> RunRecord:

@@ -23,6 +23,7 @@ from rayllm.optim.scaling import flops_per_token, split_step
 from rayllm.optim.schedule import FinetuneSchedule
 from rayllm.runs.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint
 from rayllm.runs.load import load_tokenizer, load_weights, model_config
+from rayllm.runs.places import of_run
 from rayllm.runtime import Runtime
 from rayllm.text.chat import render_for_reply
 from rayllm.text.tokenizer import Tokenizer
@@ -90,7 +91,7 @@ def check_start(config: SFTConfig, run_path: Path) -> SFTStart:
 
     Raises ValueError or FileNotFoundError naming what does not fit and the cure.
     """
-    own = latest_checkpoint(config.checkpoints or run_path)
+    own = latest_checkpoint(of_run(config.checkpoints, run_path))
     checkpoint = own or open_checkpoint(config.checkpoint)
     model = model_config(checkpoint)
     sequence_len = config.sequence_len or model.sequence_len

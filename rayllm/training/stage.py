@@ -14,6 +14,7 @@ from rayllm.model.gpt import GPT
 from rayllm.optim.optimizer import MuonAdamW
 from rayllm.optim.schedule import Schedule
 from rayllm.runs.checkpoint import Checkpoint
+from rayllm.runs.places import of_run
 from rayllm.runs.tracking import Tracker, build_tracker
 from rayllm.runs.writer import CheckpointWriter
 from rayllm.runtime import Runtime
@@ -44,7 +45,7 @@ class Stage:
     _writer: CheckpointWriter = field(init=False)
 
     def __post_init__(self) -> None:
-        root = self.config.checkpoints or self.run_path / "checkpoints"
+        root = of_run(self.config.checkpoints, self.run_path)
         self._writer = CheckpointWriter(root, self.tokenizer, self.config.keep_checkpoints)
 
     def train(

@@ -110,6 +110,8 @@ def flip_byte(bucket: type[FaultyFileSystem], path: str) -> None:
 @pytest.mark.parametrize("url", ["memory://bucket/run", URL])
 def test_roundtrip(url, tmp_path):
     assert latest_checkpoint(url) is None
+    with pytest.raises(FileNotFoundError, match="no checkpoint at memory://bucket .*memory://bucket/checkpoints/step_"):
+        open_checkpoint("memory://bucket")
     save(500, f"{url}/checkpoints")
     for address in (url, f"{url}/", f"{url}/checkpoints", f"{url}/checkpoints/step_000500"):
         checkpoint = open_checkpoint(address)
@@ -247,9 +249,7 @@ def test_an_error_of_the_network_is_no_missing_checkpoint(bucket):
 
 def test_a_driver_that_is_missing_is_named_with_the_cure():
     fsspec.register_implementation("nodriver", "no_such_driver.FileSystem", clobber=True, errtxt="Install it")
-    with pytest.raises(
-        ValueError, match=r"^nodriver://b: the driver for .* not installed: pip install no_such_driver$"
-    ):
+    with pytest.raises(ValueError, match=r"^nodriver://b: the driver .* not installed: pip install no_such_driver$"):
         open_checkpoint("nodriver://b/run")
     with pytest.raises(ValueError, match=r"nosuch://b: there is no driver for nosuch://; write a path, or a URL"):
         open_checkpoint("nosuch://b")
