@@ -71,8 +71,8 @@ def run(config: ChatEvalConfig) -> None:
     for task in config.tasks:
         load_task(task)  # what is missing or damaged is told before there is a report directory
     # Beside the run's checkpoints, one report per step: runs/rl/chat-eval/step_000500.
-    out = Path(config.out) if config.out else checkpoint.path.parent.parent / "chat-eval" / checkpoint.path.name
-    plan = {"checkpoint": str(checkpoint.path), "step": checkpoint.step}
+    out = Path(config.out) if config.out else checkpoint.report_path("chat-eval")
+    plan = {"checkpoint": str(checkpoint), "step": checkpoint.step}
     with open_run(out, stage="chat-eval", config=config, plan=plan, may_change=MAY_CHANGE) as run_dir:
         reports = _evaluate(config, checkpoint)
         content = plan | {
@@ -95,7 +95,7 @@ def _evaluate(config: ChatEvalConfig, checkpoint: Checkpoint) -> list[TaskReport
     with cluster.connect() as ray_cluster:
         group = ActorGroup(rollouts.num_actors, rollouts.cpus_per_actor, rollouts.device)
         (placement,) = place_in_turns(ray_cluster, [group], rollouts.timeout_s)
-        pool = RolloutPool(str(checkpoint.path.resolve()), rollouts, placement, ObjectStoreChannel(), checkpoint.step)
+        pool = RolloutPool(checkpoint.address, rollouts, placement, ObjectStoreChannel(), checkpoint.step)
         try:
             for task in config.tasks:
                 reports.append(evaluate_task(pool, task, config.num_samples, config.max_tokens, config.seed))

@@ -52,9 +52,10 @@ def run(config: PretrainConfig) -> None:
     with open_run(
         config.out, stage="pretrain", config=config, plan=plan.to_dict(), may_change=RESUMABLE_CHANGES
     ) as run_dir:
-        checkpoint = pretrain.check_resume(run_dir.path, plan)
+        checkpoint = pretrain.check_resume(run_dir.checkpoints, plan)
         shards, tokenizer = (str(Path(p).resolve()) for p in (config.data.shards, config.data.tokenizer))
-        placed = replace(config, data=replace(config.data, shards=shards, tokenizer=tokenizer))
+        data = replace(config.data, shards=shards, tokenizer=tokenizer)
+        placed = replace(config, checkpoints=run_dir.checkpoints, data=data)
         metrics = _run_fit("pretrain", pretrain.run_worker, placed, run_dir, checkpoint, plan.num_steps)
     if metrics:
         bpb, stderr = metrics["val/bpb"], metrics["val/bpb_stderr"]
@@ -75,7 +76,7 @@ def run_sft(config: SFTConfig) -> None:
         plan = sft.plan_sft(config, start, rows)
         write_json(run_dir.path / "plan.json", plan.to_dict())
         _tell_conversations(train, rows)
-        placed = replace(config, checkpoint=str(start.checkpoint.path.absolute()))
+        placed = replace(config, checkpoint=start.checkpoint.address, checkpoints=run_dir.checkpoints)
         metrics = _run_fit("sft", sft.run_worker, placed, run_dir, start.resumes_from, plan.num_steps)
     if metrics:
         loss, stderr = metrics["val/loss"], metrics["val/loss_stderr"]

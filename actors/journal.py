@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from actors.evaluate import evaluate_task
 from actors.learner import LearnerGroup
@@ -22,13 +21,13 @@ class Journal:
     def __init__(
         self,
         config: RLConfig,
-        checkpoints_path: Path,
+        checkpoints: str,
         pool: RolloutPool,
         learners: LearnerGroup,
         tracker: Tracker,
         checkpoint: Checkpoint,
     ) -> None:
-        self._config, self._checkpoints_path = config, checkpoints_path
+        self._config, self._checkpoints = config, checkpoints
         self._pool, self._learners, self._tracker = pool, learners, tracker
         self._tokenizer = load_tokenizer(checkpoint)
         metrics = checkpoint.state.get("metrics")
@@ -43,7 +42,7 @@ class Journal:
             self.validate(step)
             self._show(step, groups)
         if is_due(step, config.save_every, is_last):
-            self._learners.save(self._checkpoints_path, step, self.validation)
+            self._learners.save(self._checkpoints, step, self.validation)
 
     def validate(self, step: int) -> None:
         """pass@k on the validation problems, the same draws every time."""

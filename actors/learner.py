@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import socket
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import ray
 import torch
@@ -17,12 +17,14 @@ from actors.weights import Packet, pack
 from rayllm.config.chat_schema import RLConfig
 from rayllm.optim.schedule import PolicySchedule
 from rayllm.runs.checkpoint import open_checkpoint
+from rayllm.runs.writer import CheckpointWriter
 from rayllm.runtime import build_runtime
 from rayllm.training.loop import Metrics
 from rayllm.training.policy import PolicyLearner
 from rayllm.training.rollout_batch import TrainBatch
 
 STEP_TIMEOUT_S = 1800.0
+CLOSE_TIMEOUT_S = 30.0
 
 
 class LearnerWorker:
@@ -32,6 +34,7 @@ class LearnerWorker:
         if num_threads:
             torch.set_num_threads(num_threads)
         self._config, self._rank = config, rank
+        self._writer: CheckpointWriter | None = None
 
     def find_address(self) -> str:
         """An address at which this learner can be met."""
@@ -67,8 +70,16 @@ class LearnerWorker:
     def pack_weights(self, number: int) -> Packet:
         return pack(self.learner.model.state_dict(), number)
 
-    def save(self, checkpoints_path: str, step: int, metrics: Mapping[str, float]) -> None:
-        self.learner.save(Path(checkpoints_path), step, metrics, self._config.keep_checkpoints)
+    def save(self, checkpoints: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Begin to write a checkpoint to the folder or URL."""
+        if self._writer is None:
+            self._writer = CheckpointWriter(checkpoints, self.learner.tokenizer, self._config.keep_checkpoints)
+        self.learner.save(self._writer, step, metrics)
+
+    def flush(self) -> None:
+        """Return once what was saved is whole in its place."""
+        if self._writer is not None:
+            self._writer.flush()
 
 
 class LearnerGroup:
@@ -95,16 +106,22 @@ class LearnerGroup:
         )
         return dict(metrics[0])
 
-    def save(self, checkpoints_path: Path, step: int, metrics: Mapping[str, float]) -> None:
-        """Write a checkpoint: the first learner does, of what all hold."""
+    def save(self, checkpoints: str, step: int, metrics: Mapping[str, float]) -> None:
+        """Begin to write a checkpoint to the folder or URL: the first learner does, of what all hold."""
         wait_for(
-            [a.save.remote(str(checkpoints_path), step, dict(metrics)) for a in self._actors],
+            [a.save.remote(checkpoints, step, dict(metrics)) for a in self._actors],
             STEP_TIMEOUT_S,
             "saving the checkpoint",
         )
 
+    def flush(self, timeout_s: float = STEP_TIMEOUT_S) -> None:
+        """Return once what was saved is whole in its place."""
+        wait_for([self.source.flush.remote()], timeout_s, "writing the checkpoint")
+
     def close(self) -> None:
-        """Stop the actors."""
+        """Stop the actors; a checkpoint that is being written is given a moment."""
+        with contextlib.suppress(OSError):  # it took longer, or the actor is dead; the one before it stands
+            self.flush(CLOSE_TIMEOUT_S)
         for actor in self._actors:
             ray.kill(actor)
 

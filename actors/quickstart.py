@@ -146,8 +146,7 @@ def write_corpus(config: CorpusConfig, path: Path) -> None:
 
 def read_scores(config: ChatEvalConfig) -> list[dict[str, Any]]:
     """What a chat evaluation wrote, task by task."""
-    checkpoint = open_checkpoint(config.checkpoint).path
-    out = checkpoint.parent.parent / "chat-eval" / checkpoint.name
+    out = open_checkpoint(config.checkpoint).report_path("chat-eval")
     tasks: list[dict[str, Any]] = json.loads((out / "report.json").read_text(encoding="utf-8"))["tasks"]
     return tasks
 

@@ -43,9 +43,9 @@ def run(config: RLConfig) -> None:
     num_problems = len(load_task(config.task))
     load_task(config.validation)  # what is missing or damaged is told before there is a run directory
     check_sinks(config.tracking)
-    plan = {"num_steps": config.num_steps, "num_problems": num_problems, "start": str(start.path)}
+    plan = {"num_steps": config.num_steps, "num_problems": num_problems, "start": str(start)}
     with open_run(config.out, stage="rl", config=config, plan=plan, may_change=RESUMABLE_CHANGES) as run_dir:
-        own = latest_checkpoint(run_dir.path)
+        own = latest_checkpoint(run_dir.checkpoints)
         if own is not None and own.step >= config.num_steps:
             print(f"rl: {config.out} holds all {config.num_steps} steps of this recipe already; nothing to do")
             return
@@ -74,7 +74,7 @@ def teach(
         ActorGroup(rollouts.num_actors, rollouts.cpus_per_actor, rollouts.device),
         ActorGroup(learners.num_workers, learners.cpus_per_worker, learners.device),
     ]
-    path = str(checkpoint.path.resolve())
+    path = checkpoint.address
     for_pool, for_learners = place_in_turns(ray_cluster, groups, learners.placement_timeout_s)
     pool = pool_class(path, rollouts, for_pool, channel or ObjectStoreChannel(), first_step)
     try:
@@ -83,8 +83,9 @@ def teach(
             run_dir.path, config.tracking, config=to_dict(config), resume_step=first_step if resumes else None
         )
         try:
-            journal = Journal(config, run_dir.checkpoints_path, pool, group, tracker, checkpoint)
+            journal = Journal(config, run_dir.checkpoints, pool, group, tracker, checkpoint)
             learn_from_rollouts(config, pool, group, journal, first_step)
+            group.flush()
             return journal.validation
         finally:
             tracker.close()

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import PurePosixPath
 from typing import Any
 
 import ray
@@ -96,14 +97,14 @@ def serving(config: ServeConfig) -> Iterator[str]:
     check_address(config.host, config.port)
     name = config.model_name or run_name(checkpoint)
     # Replicas may start elsewhere or anew much later: they are told this very checkpoint, not "the newest".
-    config = replace(config, checkpoint=str(checkpoint.path.resolve()))
+    config = replace(config, checkpoint=checkpoint.address)
     is_guest = ray.is_initialized()
     with cluster.connect() as ray_cluster:
         config, resources = plan_placement(config, ray_cluster)
         if serve.status().applications:
             raise ValueError("this cluster serves an application already: stop it first (`serve shutdown`)")
         url = f"http://{_reachable(config.host)}:{config.port}"
-        print(f"serve: loading {checkpoint.path} as {name!r} ...", file=sys.stderr)
+        print(f"serve: loading {checkpoint} as {name!r} ...", file=sys.stderr)
         try:
             _start(config, name, resources)
             _wait_until_it_answers(f"{url}/health")
@@ -116,8 +117,8 @@ def serving(config: ServeConfig) -> Iterator[str]:
 
 def run_name(checkpoint: Checkpoint) -> str:
     """The name of the run directory that a checkpoint lies in: .../rl/checkpoints/step_000060 is `rl`."""
-    folder = checkpoint.path.resolve().parent
-    return folder.parent.name if folder.name == "checkpoints" else checkpoint.path.resolve().name
+    path = checkpoint.path.resolve() if checkpoint.url is None else PurePosixPath(checkpoint.url)
+    return path.parent.parent.name if path.parent.name == "checkpoints" else path.name
 
 
 def check_address(host: str, port: int) -> None:

@@ -50,7 +50,7 @@ class SFTConfig:
     out: str = "runs/sft"
     """Run directory; the same command again resumes it."""
     checkpoint: str = "runs/base"
-    """Model to start from: a checkpoint, or a run directory (its newest checkpoint)."""
+    """Model to start from: a checkpoint, or a run directory (its newest checkpoint); path or URL."""
     tasks: tuple[TaskConfig, ...] = (TaskConfig(),)
     """The mixture of conversations."""
     validation: tuple[TaskConfig, ...] = (TaskConfig(split="validation", num_examples=200),)
@@ -86,6 +86,8 @@ class SFTConfig:
     """Steps between checkpoints (also after the last step); null: only after the last."""
     keep_checkpoints: PositiveInt = 2
     """How many of the newest checkpoints to keep."""
+    checkpoints: str | None = None
+    """Where checkpoints are kept: a folder, or a URL such as s3://bucket/run; null: in the run directory."""
     tracking: TrackingConfig = TrackingConfig()
     """Where metrics go."""
 
@@ -120,7 +122,7 @@ class RLConfig:
     out: str = "runs/rl"
     """Run directory; the same command again resumes it."""
     checkpoint: str = "runs/sft"
-    """Model to start from: a checkpoint of the sft stage, or its run directory."""
+    """Model to start from: a checkpoint of the sft stage, or its run directory; path or URL."""
     task: TaskConfig = TaskConfig()
     """Problems to learn from."""
     validation: TaskConfig = TaskConfig(split="validation", num_examples=256)
@@ -156,6 +158,8 @@ class RLConfig:
     """Steps between checkpoints (also after the last step); null: only after the last."""
     keep_checkpoints: PositiveInt = 2
     """How many of the newest checkpoints to keep."""
+    checkpoints: str | None = None
+    """Where checkpoints are kept: a folder, or a URL such as s3://bucket/run; null: in the run directory."""
     tracking: TrackingConfig = TrackingConfig()
     """Where metrics go."""
 
@@ -165,7 +169,7 @@ class ChatEvalConfig:
     """pass@1 of a chat model on tasks with a verdict, with standard errors, and greedy accuracy beside it."""
 
     checkpoint: str = "runs/sft"
-    """A checkpoint of the sft or rl stage, or a run directory (its newest checkpoint)."""
+    """A checkpoint of the sft or rl stage, or a run directory (its newest checkpoint); path or URL."""
     out: str | None = None
     """Directory for the report; null: `chat-eval/step_N` beside the checkpoint's run."""
     tasks: tuple[TaskConfig, ...] = (
@@ -190,7 +194,7 @@ class ChatConfig:
     """Talk with a chat model in the terminal."""
 
     checkpoint: str = "runs/rl"
-    """A checkpoint of the sft or rl stage, or a run directory (its newest checkpoint)."""
+    """A checkpoint of the sft or rl stage, or a run directory (its newest checkpoint); path or URL."""
     prompt: str | None = None
     """Answer this one message and exit (-p for short); null: a conversation."""
     sampling: SamplingConfig = SamplingConfig(temperature=0.6, top_k=50, max_tokens=256)
@@ -206,7 +210,7 @@ class ServeConfig:
     """Serve a chat model over HTTP on Ray Serve: OpenAI's chat API, and a page to talk with it."""
 
     checkpoint: str = "runs/rl"
-    """A checkpoint of the sft or rl stage, or a run directory (its newest checkpoint)."""
+    """A checkpoint of the sft or rl stage, or a run directory (its newest checkpoint); path or URL."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 opens it to the network, which has no password."""
     port: Annotated[int, Field(ge=1, le=65535)] = 8000

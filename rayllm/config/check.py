@@ -20,12 +20,15 @@ from rayllm.config.schema import (
 )
 from rayllm.model.config import SMEAR_GATE_CHANNELS
 
-_PATHS = ("out", "checkpoint", "shards", "tokenizer", "data.shards", "data.tokenizer")
+_PATHS = ("out", "checkpoint", "checkpoints", "shards", "tokenizer", "data.shards", "data.tokenizer")
 
 
 def find_conflicts(config: Any) -> Iterator[Conflict]:
     """Everything about a valid tree that cannot work, the most basic first."""
     yield from _empty_paths(config)
+    if "://" in str(getattr(config, "out", "")):
+        cure = f"--out=runs/NAME --checkpoints={config.out}" if hasattr(config, "checkpoints") else "--out=runs/NAME"
+        yield Conflict(("out",), f"out={config.out} is a URL, and a run directory must be a path; write {cure}")
     match config:
         case TokenizerConfig():
             yield from _tokenizer(config)

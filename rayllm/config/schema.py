@@ -222,6 +222,8 @@ class PretrainConfig:
     """Steps between checkpoints (also after the last step); null: only after the last."""
     keep_checkpoints: PositiveInt = 2
     """How many of the newest checkpoints to keep."""
+    checkpoints: str | None = None
+    """Where checkpoints are kept: a folder, or a URL such as s3://bucket/run; null: in the run directory."""
     tracking: TrackingConfig = TrackingConfig()
     """Where metrics go."""
 
@@ -249,7 +251,7 @@ class SampleConfig:
     """Continue a text with any checkpoint."""
 
     checkpoint: str = "runs/base"
-    """A checkpoint, or a run directory (its newest checkpoint)."""
+    """A checkpoint, or a run directory (its newest checkpoint); path or URL."""
     prompts: tuple[str, ...] = ("Once upon a time",)
     """Texts to continue."""
     num_samples: PositiveInt = 1
@@ -267,7 +269,7 @@ class BaseEvalConfig:
     """Bits per byte of a base model on the validation split, and samples."""
 
     checkpoint: str = "runs/base"
-    """A checkpoint, or a run directory (its newest checkpoint)."""
+    """A checkpoint, or a run directory (its newest checkpoint); path or URL."""
     shards: str = "runs/shards"
     """Token shards whose validation split is read."""
     out: str | None = None

@@ -37,7 +37,7 @@ def open_chat_checkpoint(path: str | Path) -> Checkpoint:
             return checkpoint
     if stage not in CHAT_STAGES:
         raise ValueError(
-            f"{checkpoint.path} is a checkpoint of the stage {stage!r}: it continues text and cannot chat yet; "
+            f"{checkpoint} is a checkpoint of the stage {stage!r}: it continues text and cannot chat yet; "
             "teach it with `rayllm sft` and give that run as --checkpoint"
         )
     return checkpoint

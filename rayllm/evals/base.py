@@ -23,21 +23,21 @@ from rayllm.runtime import build_runtime
 
 def run(config: BaseEvalConfig) -> None:
     """Evaluate and print; writes report.json and metrics.jsonl to the report directory."""
-    checkpoint = open_checkpoint(Path(config.checkpoint))
+    checkpoint = open_checkpoint(config.checkpoint)
     shards = TokenShards.load(config.shards)
     if shards.tokenizer_fingerprint != checkpoint.state.get("tokenizer_fingerprint"):
         raise ValueError(
-            f"shards={config.shards} were made by another tokenizer than the checkpoint's ({checkpoint.path}): "
+            f"shards={config.shards} were made by another tokenizer than the checkpoint's ({checkpoint}): "
             "tokenize the text with the checkpoint's own (--tokenizer=CHECKPOINT/tokenizer)"
         )
     # Beside the run's checkpoints, one report per step: runs/base/base-eval/step_000500.
-    out = Path(config.out) if config.out else checkpoint.path.parent.parent / "base-eval" / checkpoint.path.name
-    plan = {"checkpoint": str(checkpoint.path), "step": checkpoint.step}
+    out = Path(config.out) if config.out else checkpoint.report_path("base-eval")
+    plan = {"checkpoint": str(checkpoint), "step": checkpoint.step}
     with open_run(out, stage="base-eval", config=config, plan=plan, may_change=("tracking",)) as run_dir:
         runtime = build_runtime(config.device, config.dtype)
         model, tokenizer = load(checkpoint.path, runtime.device, runtime.dtype)
         start = time.perf_counter()
-        print(f"base-eval: {checkpoint.path} on the validation split of {config.shards} ...", file=sys.stderr)
+        print(f"base-eval: {checkpoint} on the validation split of {config.shards} ...", file=sys.stderr)
         batches = validation_batches(
             shards,
             rows_per_batch=config.rows_per_batch,
@@ -57,7 +57,7 @@ def run(config: BaseEvalConfig) -> None:
         write_json(
             run_dir.path / "report.json",
             {
-                "checkpoint": str(checkpoint.path),
+                "checkpoint": str(checkpoint),
                 "step": checkpoint.step,
                 "bits_per_byte": asdict(bpb),
                 "samples": samples,

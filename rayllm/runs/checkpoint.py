@@ -1,28 +1,30 @@
-"""Checkpoints: whole or not there at all, checked when opened, in open formats.
+"""Checkpoints: whole or not there at all, checked when opened, in open formats, on a disk or behind a URL.
 
     checkpoints/step_000500/
         model.safetensors  optimizer.safetensors  tokenizer/
         checkpoint.json    format, step, state, and the size and SHA-256 of every other file
+        COMPLETE           the SHA-256 of that, written last
 
-A checkpoint is written under a temporary name, flushed to the disk and renamed, so a name `step_*` is always whole;
-checksums find what the disk does to it afterwards.
+Tensors are stored whole and by name, so that any number of workers can go on from them. `writer.py` saves while
+training goes on.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import errno
 import logging
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayllm.runs.atomic import fsync_directory, fsync_file, sha256_file, write_json
+from rayllm.runs.manifest import MANIFEST, seal
+from rayllm.runs.places import Place, absolute, below, is_url, local_path, open_store, split
+from rayllm.runs.remote import RemoteStore
+from rayllm.runs.run_dir import read_run
+from rayllm.runs.store import CheckpointStore, LocalStore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,19 +33,28 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_FORMAT = 1
-_STEP = re.compile(r"(step_(\d{6,}))(\.replaced)?")
-_TEMPORARY = re.compile(r"step_\d{6,}\.tmp-(\d+)")
-
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files were found whole."""
+    """A checkpoint whose files were found whole. As text it is its path or URL."""
 
     path: Path
+    """Its folder on this machine: for a URL, in the cache."""
     step: int
     state: Mapping[str, Any]
     """What `save_checkpoint` was given: model config, position in the text, metrics."""
+    url: str | None = None
+    """Where it was fetched from."""
+    run_path: Path | None = None
+    """The run directory that it belongs to; None where a URL was addressed itself."""
+
+    def __str__(self) -> str:
+        return self.url or str(self.path)
+
+    @property
+    def address(self) -> str:
+        """What other processes open it by, on any machine that sees the path or URL."""
+        return self.url or absolute(self.path)
 
     @property
     def has_optimizer(self) -> bool:
@@ -64,6 +75,57 @@ class Checkpoint:
 
         return Tokenizer.load(self.path / "tokenizer")
 
+    def report_path(self, kind: str) -> Path:
+        """Where an evaluation of it is written: beside its run's checkpoints, one folder for each step.
+
+        Raises ValueError where the run has no directory on this machine.
+        """
+        if self.run_path is None:
+            raise ValueError(f"{self} lies in no run directory, so its report has no place; write --out=DIRECTORY")
+        return self.run_path / kind / self.path.name
+
+
+def open_checkpoint(place: Place) -> Checkpoint:
+    """The checkpoint at a path or URL, or the newest whole one of a run directory or of a folder of checkpoints there.
+
+    One behind a URL is fetched into the cache (RAYLLM_CACHE_DIR). A damaged checkpoint is passed over with a warning
+    when a run is searched, and a ValueError that names the file and the reason when it is addressed itself, or when no
+    other is left. Raises FileNotFoundError where there is none.
+    """
+    folder, name = split(place)
+    store = open_store(folder)
+    if store.read(os.path.join(name, MANIFEST)) is not None or any(name == entry.name for entry in store.find()):
+        return _open(store, name)
+    checkpoint = latest_checkpoint(place)
+    if checkpoint is None:
+        looked = (below(place, name) for name in (MANIFEST, "checkpoints/step_*", "step_*"))
+        raise FileNotFoundError(
+            f"no checkpoint at {place} (looked for {', '.join(map(str, looked))}); "
+            "`rayllm pretrain --out=DIRECTORY` makes one, `rayllm import-nanochat` imports one"
+        )
+    return checkpoint
+
+
+def latest_checkpoint(place: Place) -> Checkpoint | None:
+    """The newest whole checkpoint of a run directory, wherever its recipe keeps them, or of a folder of checkpoints;
+    None where there is none yet.
+
+    Raises ValueError when there are checkpoints and every one is damaged: starting over would be no cure.
+    """
+    store, run_path = _find_store(place)
+    damages: list[ValueError] = []
+    for entry in store.find():
+        try:
+            return _open(store, entry.name, run_path)
+        except ValueError as error:
+            if entry not in store.find():  # a training run has just dropped it, and newer ones stand
+                return latest_checkpoint(place)
+            _log.warning("passing over a checkpoint: %s", error)
+            damages.append(error)
+    if damages:
+        raise ValueError(f"every checkpoint in {store.address('')} is damaged; the newest: {damages[0]}")
+    return None
+
 
 def save_checkpoint(
     root: Path,
@@ -75,78 +137,66 @@ def save_checkpoint(
     tokenizer: Tokenizer,
     keep: int,
 ) -> Path:
-    """Write `root/step_NNNNNN`, replacing one of the same step, then drop all but the newest `keep` up to this step.
+    """`write_checkpoint` to a folder of this machine; returns the checkpoint's own."""
+    store = LocalStore(root)
+    name = write_checkpoint(
+        store,
+        step,
+        model_state=model_state,
+        optimizer_state=optimizer_state,
+        state=state,
+        tokenizer=tokenizer,
+        keep=keep,
+    )
+    return root / name
 
-    `state` must be JSON-able. Tensors may be on any device and may share storage; each is stored whole.
-    Raises OSError that says what could not be written (a full disk); earlier checkpoints are then as they were.
+
+def write_checkpoint(
+    store: CheckpointStore,
+    step: int,
+    *,
+    model_state: Mapping[str, Tensor],
+    optimizer_state: Mapping[str, Tensor] | None,
+    state: Mapping[str, object],
+    tokenizer: Tokenizer,
+    keep: int,
+) -> str:
+    """Write the checkpoint of a step, replacing one of the same step, then drop all but the newest `keep` up to it.
+
+    `state` must be JSON-able. Tensors may be on any device and may share storage; each is stored whole. Returns the
+    checkpoint's name in the store. Raises OSError that says what could not be written (a full disk); earlier
+    checkpoints are then as they were.
     """
+    from safetensors import SafetensorError
+
     assert keep >= 1, keep
-    final = root / f"step_{step:06d}"
-    temporary = root / f"{final.name}.tmp-{os.getpid()}"
-    with _explaining(final, "its folder"):
-        root.mkdir(parents=True, exist_ok=True)
-        _clear_leftovers(root)
-        temporary.mkdir()
-    try:
-        with _explaining(final, "model.safetensors"):
-            _save_tensors(temporary / "model.safetensors", model_state)
+    part = "its folder"
+
+    def fill(directory: Path) -> None:
+        nonlocal part
+        part = "model.safetensors"
+        _save_tensors(directory / part, model_state)
         if optimizer_state is not None:
-            with _explaining(final, "optimizer.safetensors"):
-                _save_tensors(temporary / "optimizer.safetensors", optimizer_state)
-        with _explaining(final, "the tokenizer"):
-            tokenizer.save(temporary / "tokenizer")
-        with _explaining(final, "checkpoint.json"):
-            _seal(temporary, step, state)
-            _move_into_place(temporary, final)
-    except BaseException:  # Ctrl-C too: half a checkpoint is only in the way
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    older = [entry for at, entry in _found(root) if at <= step]  # newest first, this one at the head
+            part = "optimizer.safetensors"
+            _save_tensors(directory / part, optimizer_state)
+        part = "the tokenizer"
+        tokenizer.save(directory / "tokenizer")
+        part = MANIFEST
+        seal(directory, step, state)
+        part = "the files"
+
+    try:
+        name = store.write(step, fill)
+    except (OSError, SafetensorError) as error:
+        staged = f" (first in {store.staging.root})" if isinstance(store, RemoteStore) else ""
+        raise _explain(error, part, store.address(f"step_{step:06d}") + staged) from error
+    older = [entry for entry in store.find() if entry.step <= step]  # newest first, this one at the head
     for entry in older[keep:]:
-        _discard(entry)
-    return final
+        store.discard(entry.name)
+    return name
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint at `path`, or the newest whole one of a run directory or of a folder of checkpoints.
-
-    A damaged checkpoint is passed over with a warning when a run is searched, and a ValueError that names the file
-    and the reason when it is addressed itself, or when no other is left. Raises FileNotFoundError where there is none.
-    """
-    path = Path(path).expanduser()
-    if (path / "checkpoint.json").exists() or (path.is_dir() and _STEP.fullmatch(path.name)):
-        return _verify(path)
-    checkpoint = latest_checkpoint(path)
-    if checkpoint is None:
-        raise FileNotFoundError(
-            f"no checkpoint at {path} (looked for {path / 'checkpoint.json'}, {path / 'checkpoints' / 'step_*'} and "
-            f"{path / 'step_*'}); `rayllm pretrain --out={path}` makes one, `rayllm import-nanochat` imports one"
-        )
-    return checkpoint
-
-
-def latest_checkpoint(run_path: str | Path) -> Checkpoint | None:
-    """The newest whole checkpoint of a run directory (or of a folder of checkpoints); None where there is none yet.
-
-    Raises ValueError when there are checkpoints and every one is damaged: starting over would be no cure.
-    """
-    run_path = Path(run_path).expanduser()
-    root = run_path / "checkpoints" if (run_path / "checkpoints").is_dir() else run_path
-    damages: list[ValueError] = []
-    for _, entry in _found(root):
-        try:
-            return _verify(entry)
-        except ValueError as error:
-            if not entry.exists():  # a training run has just dropped it, and newer ones stand
-                return latest_checkpoint(run_path)
-            _log.warning("passing over a checkpoint: %s", error)
-            damages.append(error)
-    if damages:
-        raise ValueError(f"every checkpoint in {root} is damaged; the newest: {damages[0]}")
-    return None
-
-
-def check_tensor_shapes(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], path: Path) -> None:
+def check_tensor_shapes(state: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], path: object) -> None:
     """Raise ValueError that names the first tensors of `state` that are missing, unexpected or of another shape."""
     faults = {
         "missing": [name for name in expected if name not in state],
@@ -169,123 +219,40 @@ def check_tensor_shapes(state: Mapping[str, Tensor], expected: Mapping[str, tupl
         )
 
 
-def _found(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint, newest first; of one step, the replacing before the replaced."""
-    if not root.is_dir():
-        return []
-    matches = [(match, entry) for entry in root.iterdir() if (match := _STEP.fullmatch(entry.name))]
-    matches.sort(key=lambda found: (int(found[0][2]), found[0][3] is None), reverse=True)
-    return [(int(match[2]), entry) for match, entry in matches]
+def _find_store(place: Place) -> tuple[CheckpointStore, Path | None]:
+    """Where the checkpoints of a run are, or those of a folder; and the run's directory, where only it tells that."""
+    stores = [open_store(below(place, "checkpoints")), open_store(place)]
+    for store in stores:
+        if store.find():
+            return store, None
+    if not is_url(place) and (local_path(place) / "run.json").exists():
+        elsewhere = read_run(local_path(place)).checkpoints
+        if elsewhere is not None:
+            return open_store(elsewhere), local_path(place)
+    return stores[0], None
 
 
-def _verify(path: Path) -> Checkpoint:
-    """Check that every file is there with the size and digest that it was written with."""
-    file = path / "checkpoint.json"
-    try:
-        manifest = json.loads(file.read_bytes())
-        digest, version = manifest.pop("sha256"), manifest["format"]
-        if version != _FORMAT:
-            raise ValueError(
-                f"{path} has checkpoint format {version!r}, this rayllm reads {_FORMAT}: use a newer rayllm"
-            )
-        files, step, state = manifest["files"], manifest["step"], manifest["state"]
-    except FileNotFoundError as error:
-        raise ValueError(f"{path} is no whole checkpoint: checkpoint.json is missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged: it cannot be read ({error!r}); use another checkpoint") from error
-    if digest != _digest(manifest):
-        raise ValueError(f"{file} is damaged: its checksum differs; use another checkpoint")
-    for name, wanted in files.items():
-        part = path / name
-        if not part.is_file():
-            raise ValueError(f"{part} is missing; use another checkpoint")
-        if (size := part.stat().st_size) != wanted["size"]:
-            raise ValueError(f"{part} is damaged: {size} bytes instead of {wanted['size']}; use another checkpoint")
-        if sha256_file(part) != wanted["sha256"]:
-            raise ValueError(f"{part} is damaged: its checksum differs; use another checkpoint")
-    return Checkpoint(path, step, state)
+def _open(store: CheckpointStore, name: str, run_path: Path | None = None) -> Checkpoint:
+    opened = store.open(name)
+    is_local = isinstance(store, LocalStore)
+    if run_path is None and is_local:
+        run_path = opened.path.parent.parent
+    url = None if is_local else store.address(name)
+    return Checkpoint(opened.path, opened.manifest.step, opened.manifest.state, url, run_path)
 
 
-def _seal(directory: Path, step: int, state: Mapping[str, object]) -> None:
-    """Flush every file to the disk and write down what it must look like."""
-    parts = sorted(part for part in directory.rglob("*") if part.is_file())
-    for part in parts:
-        fsync_file(part)
-    for folder in {part.parent for part in parts}:
-        fsync_directory(folder)
-    files = {
-        part.relative_to(directory).as_posix(): {"size": part.stat().st_size, "sha256": sha256_file(part)}
-        for part in parts
-    }
-    # Through JSON once, so that the digest is over what a reader will get (string keys, lists for tuples).
-    manifest = json.loads(json.dumps({"format": _FORMAT, "step": step, "state": dict(state), "files": files}))
-    write_json(directory / "checkpoint.json", {**manifest, "sha256": _digest(manifest)})
-
-
-def _digest(manifest: Mapping[str, object]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _move_into_place(temporary: Path, final: Path) -> None:
-    """Two renames where the step exists already; between them its old checkpoint stands under `.replaced`."""
-    replaced = final.with_name(f"{final.name}.replaced")
-    if final.exists():
-        final.rename(replaced)
-    temporary.rename(final)
-    fsync_directory(final.parent)
-    if replaced.exists():
-        _discard(replaced)
-
-
-def _clear_leftovers(root: Path) -> None:
-    """Finish what died processes left: half-written checkpoints go, a replaced one returns if it has no heir."""
-    for entry in list(root.iterdir()):
-        step, temporary = _STEP.fullmatch(entry.name), _TEMPORARY.fullmatch(entry.name)
-        if temporary and not _is_another_process(int(temporary[1])):
-            shutil.rmtree(entry, ignore_errors=True)
-        elif step and step[3]:
-            heir = root / step[1]
-            if heir.exists():
-                _discard(entry)
-            else:
-                entry.rename(heir)
-
-
-def _discard(entry: Path) -> None:
-    """Take the name away first: a checkpoint that is half deleted must not look like one."""
-    doomed = entry.with_name(f"{entry.name.removesuffix('.replaced')}.tmp-{os.getpid()}")
-    entry.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _is_another_process(process_id: int) -> bool:
-    if process_id == os.getpid():
-        return False
-    try:
-        os.kill(process_id, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # alive, and another user's
-        return True
-    return True
-
-
-@contextmanager
-def _explaining(final: Path, part: str) -> Iterator[None]:
-    """Turn a failed write into an OSError with the part's name and the cure; safetensors has an error of its own."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        code = re.search(r"os error (\d+)", str(error))
-        number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
-        reason = os.strerror(number) if number else str(error)
-        message = (
-            f"could not write {part} of the checkpoint {final}: {reason}. Earlier checkpoints are untouched; "
-            "make room there, then run the same command again to go on from the newest of them"
-        )
-        raise (OSError(number, message) if number else OSError(message)) from error
+def _explain(error: Exception, part: str, address: str) -> OSError:
+    """The OSError of a failed write, with the part's name and the cure; safetensors has an error of its own."""
+    code = re.search(r"os error (\d+)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
+    is_full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    reason = os.strerror(number) if is_full and number else re.sub(r"^\[Errno \d+\] ", "", str(error))
+    cure = "make room there" if is_full else "mend that"
+    message = (
+        f"could not write {part} of the checkpoint {address}: {reason}. Earlier checkpoints are untouched; {cure}, "
+        "then run the same command again to go on from the newest of them"
+    )
+    return OSError(number, message) if number else OSError(message)
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

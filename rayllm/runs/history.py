@@ -46,6 +46,8 @@ class RunHistory:
     """The lines of provenance.jsonl."""
     records: tuple[Mapping[str, Any], ...]
     """The lines of metrics.jsonl, texts among them."""
+    checkpoints: str | None = None
+    """Where its checkpoints are, when not in the directory."""
 
     @property
     def num_steps(self) -> int:
@@ -66,7 +68,10 @@ class RunHistory:
 
     @property
     def newest_checkpoint(self) -> str | None:
-        """Name of the newest checkpoint folder that was finished (not verified here: that reads it whole)."""
+        """Name of the newest checkpoint folder that was finished (not verified here: that reads it whole), or the place
+        where they are kept."""
+        if self.checkpoints is not None:
+            return self.checkpoints
         folder = self.path / "checkpoints"
         whole = [
             file.parent.name for file in folder.glob("step_*/checkpoint.json") if _STEP.fullmatch(file.parent.name)
@@ -167,6 +172,7 @@ def _read_run(folder: Path, root: Path, notes: list[str]) -> RunHistory:
         results=_read_mapping(folder / "report.json", notes),
         launches=tuple(launch for launch in launches if launch),
         records=tuple(record for record in records if record is not None),
+        checkpoints=str(identity["checkpoints"]) if identity.get("checkpoints") else None,
     )
 
 

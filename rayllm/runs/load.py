@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
@@ -16,11 +15,12 @@ from rayllm.text.tokenizer import Tokenizer
 def load(
     path: str | os.PathLike[str], device: str | torch.device = "cpu", dtype: str | torch.dtype = "float32"
 ) -> tuple[GPT, Tokenizer]:
-    """Model (in eval mode, weights in `dtype`) and tokenizer of a checkpoint or of a run's newest checkpoint.
+    """Model (in eval mode, weights in `dtype`) and tokenizer of a checkpoint or of a run's newest checkpoint, by
+    path or URL.
 
     Raises FileNotFoundError where there is none, ValueError when it is damaged or does not fit together.
     """
-    checkpoint = open_checkpoint(Path(path))
+    checkpoint = open_checkpoint(path)
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
         raise ValueError(f"dtype must be float32, bfloat16 or float64, got {dtype!r}")
@@ -34,7 +34,7 @@ def model_config(checkpoint: Checkpoint) -> GPTConfig:
     """The architecture that a checkpoint's weights belong to."""
     raw = checkpoint.state.get("model")
     if not isinstance(raw, dict):
-        raise ValueError(f"{checkpoint.path}: checkpoint.json has no model configuration")
+        raise ValueError(f"{checkpoint}: checkpoint.json has no model configuration")
     return GPTConfig.from_dict(raw)
 
 
@@ -42,7 +42,7 @@ def load_weights(model: GPT, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's weights into the model; ValueError names the first tensors that do not fit."""
     weights = checkpoint.load_model_state()
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    check_tensor_shapes(weights, expected, checkpoint.path)
+    check_tensor_shapes(weights, expected, str(checkpoint))
     model.load_state_dict(weights)
 
 
@@ -51,7 +51,6 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     tokenizer = checkpoint.load_tokenizer()
     if tokenizer.fingerprint != checkpoint.state.get("tokenizer_fingerprint"):
         raise ValueError(
-            f"{checkpoint.path}/tokenizer is not the tokenizer that this model was trained with: "
-            "put the original one back"
+            f"{checkpoint}/tokenizer is not the tokenizer that this model was trained with: put the original one back"
         )
     return tokenizer

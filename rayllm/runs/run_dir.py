@@ -2,7 +2,7 @@
 
 config.yaml        the resolved recipe          run.json           who this run is, over every resume
 plan.json          what followed from it        provenance.jsonl   one line for each launch
-metrics.jsonl      see tracking.py              checkpoints/       see checkpoint.py
+metrics.jsonl      see tracking.py              checkpoints/       see checkpoint.py (or elsewhere, by recipe)
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ import yaml
 
 from rayllm.config.load import to_dict, to_yaml
 from rayllm.runs.atomic import naming, write_atomic, write_json
+from rayllm.runs.places import absolute, of_run, open_store
 from rayllm.runs.provenance import describe_launch, timestamp
+from rayllm.runs.store import CheckpointStore
 
 _UNSET = object()
 
@@ -41,6 +43,8 @@ class RunRecord:
     """When it was first opened (UTC)."""
     config_fingerprint: str
     """SHA-256 over the part of the recipe that may not change."""
+    checkpoints: str | None = None
+    """Path or URL of its checkpoints; None: `checkpoints` in the directory."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +55,13 @@ class RunDir:
     run_id: str
     resumed: bool
     """True where the directory already held this run."""
+    checkpoints: str
+    """Path or URL of the folder of its checkpoints."""
 
     @property
     def metrics_path(self) -> Path:
         """The JSON lines of the metrics."""
         return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints_path(self) -> Path:
-        """The folder of the checkpoints."""
-        return self.path / "checkpoints"
 
 
 @contextmanager
@@ -70,22 +71,30 @@ def open_run(
     """Create the run directory, or join the run that it holds, and keep every other process out meanwhile.
 
     `config` is the stage's resolved config tree (a dataclass). `may_change` names dotted keys, each with all
-    below it, that may differ from the run's earlier launches; `out` always may, since directories move.
+    below it, that may differ from the run's earlier launches; `out` always may, since directories move. Where it has
+    `checkpoints` (a path or URL), the run takes that place for its own.
 
-    Raises ValueError where the directory is in use, holds a run of another stage or recipe, or is not a run's.
+    Raises ValueError where the directory or that place is in use, holds a run of another stage or recipe, or is not a
+    run's.
     """
     directory = Path(path).expanduser().absolute()
+    elsewhere = getattr(config, "checkpoints", None)
+    place = None if elsewhere is None else absolute(elsewhere)
+    store = None if place is None else open_store(place)
     _create(directory)
     _refuse_foreign(directory)
     with _locked(directory):
         # Once more: what was here before the lock was ours may have been another process's half-written start.
         _refuse_foreign(directory)
         fixed = _without(flatten(to_dict(config)), {"out", *may_change})
-        record = RunRecord(secrets.token_hex(6), stage, timestamp(), _fingerprint(fixed))
+        fingerprint = _fingerprint(_without(fixed, {"checkpoints"}))
+        record = RunRecord(secrets.token_hex(6), stage, timestamp(), fingerprint, place)
         resumed = (directory / "run.json").exists()
         if resumed:
             record = read_run(directory)
             _refuse_other_run(directory, record, stage, fixed, {"out", *may_change})
+        if store is not None:
+            _claim(store, record)
         _write_if_changed(directory / "config.yaml", to_yaml(config))
         _write_if_changed(directory / "plan.json", json.dumps(plan, indent=2, default=str) + "\n")
         if not resumed:  # last, since run.json is what makes the directory a run
@@ -93,7 +102,7 @@ def open_run(
         launches = directory / "provenance.jsonl"
         with naming(launches), open(launches, "a", encoding="utf-8") as file:
             file.write(json.dumps(describe_launch()) + "\n")
-        yield RunDir(directory, record.run_id, resumed)
+        yield RunDir(directory, record.run_id, resumed, str(of_run(place, directory)))
 
 
 def read_run(path: str | Path) -> RunRecord:
@@ -170,11 +179,35 @@ def _refuse_other_run(
     changes = [
         f"{key} was {_show(old.get(key, _UNSET))} and is now {_show(fixed.get(key, _UNSET))}"
         for key in sorted(old.keys() | fixed.keys())
-        if old.get(key, _UNSET) != fixed.get(key, _UNSET)
+        if old.get(key) != fixed.get(key)  # a key that recipes did not have then is as good as null
     ]
     if changes:
         more = f"; and {len(changes) - 8} more" if len(changes) > 8 else ""
         raise ValueError(f"{directory} holds a run of another recipe: {'; '.join(changes[:8])}{more}. To go on, {cure}")
+
+
+def _claim(store: CheckpointStore, record: RunRecord) -> None:
+    """Make a folder of checkpoints this run's, or join it: a run whose directory went with its machine goes on."""
+    content = store.read("owner.json")
+    if content is None:
+        if found := store.find():  # which retention would remove
+            raise ValueError(
+                f"{store.address('')} holds checkpoints of an unknown run ({found[0].name}, but no owner.json); "
+                "pass --checkpoints= another place"
+            )
+        store.put("owner.json", json.dumps(dataclasses.asdict(record), indent=2) + "\n")
+        return
+    try:
+        owner = RunRecord(**json.loads(content))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{store.address('owner.json')} is damaged ({error}); pass --checkpoints= another place"
+        ) from error
+    if (owner.stage, owner.config_fingerprint) != (record.stage, record.config_fingerprint):
+        raise ValueError(
+            f"{store.address('')} holds the checkpoints of another run (stage {owner.stage}, begun {owner.created}, "
+            "with another recipe); pass --checkpoints= another place"
+        )
 
 
 def _show(setting: object) -> str:

@@ -7,7 +7,6 @@ same, whatever the length of its completion.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,8 +15,9 @@ from rayllm.config.schema import OptimConfig, WorkersConfig
 from rayllm.model.gpt import GPT
 from rayllm.optim.groups import build_optimizer
 from rayllm.optim.schedule import Schedule
-from rayllm.runs.checkpoint import Checkpoint, save_checkpoint
+from rayllm.runs.checkpoint import Checkpoint
 from rayllm.runs.load import load_tokenizer, load_weights, model_config
+from rayllm.runs.writer import CheckpointWriter
 from rayllm.runtime import Runtime
 from rayllm.training.accumulate import accumulate_gradient
 from rayllm.training.loop import Metrics, grad_norm
@@ -64,7 +64,7 @@ class PolicyLearner:
         self._optimizer = build_optimizer(self.model, optim, rank=runtime.rank, world_size=runtime.world_size)
         if resumes:
             self._optimizer.load_named_state(checkpoint.load_optimizer_state() or {})
-        self._tokenizer = load_tokenizer(checkpoint)
+        self.tokenizer = load_tokenizer(checkpoint)
         self._schedule, self._runtime = schedule, runtime
         self._tokens_per_micro_batch = tokens_per_micro_batch
         self._weight_decay = optim.weight_decay
@@ -99,22 +99,20 @@ class PolicyLearner:
             world_size=runtime.world_size,
         )
 
-    def save(self, checkpoints_path: Path, step: int, metrics: Mapping[str, float], keep: int) -> None:
-        """Write a checkpoint of `step` steps done; called on every learner, as they gather what the first writes."""
+    def save(self, writer: CheckpointWriter, step: int, metrics: Mapping[str, float]) -> None:
+        """Begin to write a checkpoint of `step` steps done; called on every learner, as the first one writes what all
+        hold."""
         optimizer_state = self._optimizer.gather_named_state()
         if self._runtime.rank != 0:
             return
-        save_checkpoint(
-            checkpoints_path,
+        writer.save(
             step,
             model_state=self.model.state_dict(),
             optimizer_state=optimizer_state,
             state={
                 "stage": "rl",
                 "model": self.model.config.to_dict(),
-                "tokenizer_fingerprint": self._tokenizer.fingerprint,
+                "tokenizer_fingerprint": self.tokenizer.fingerprint,
                 "metrics": dict(metrics),
             },
-            tokenizer=self._tokenizer,
-            keep=keep,
         )

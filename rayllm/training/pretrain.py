@@ -17,6 +17,7 @@ from rayllm.optim.scaling import PretrainPlan, plan
 from rayllm.optim.schedule import PretrainSchedule
 from rayllm.runs.checkpoint import Checkpoint, latest_checkpoint
 from rayllm.runs.load import load_weights, model_config
+from rayllm.runs.places import Place, of_run
 from rayllm.runtime import Runtime
 from rayllm.text.tokenizer import Tokenizer
 from rayllm.training.loop import Metrics
@@ -51,12 +52,12 @@ def check_inputs(config: PretrainConfig, device_type: str | None = None) -> tupl
     return shards, tokenizer, plan(config, tokenizer.vocab_size, device_type)
 
 
-def check_resume(run_path: Path, derived: PretrainPlan) -> Checkpoint | None:
+def check_resume(checkpoints: Place, derived: PretrainPlan) -> Checkpoint | None:
     """The checkpoint to go on from; ValueError when it is of another model than the plan's."""
-    checkpoint = latest_checkpoint(run_path)
+    checkpoint = latest_checkpoint(checkpoints)
     if checkpoint is not None and model_config(checkpoint) != derived.model:
         raise ValueError(
-            f"{checkpoint.path} holds another model ({model_config(checkpoint)}) than this recipe's ({derived.model}): "
+            f"{checkpoint} holds another model ({model_config(checkpoint)}) than this recipe's ({derived.model}): "
             "use another --out"
         )
     return checkpoint
@@ -65,7 +66,7 @@ def check_resume(run_path: Path, derived: PretrainPlan) -> Checkpoint | None:
 def run_worker(config: PretrainConfig, run_path: Path, runtime: Runtime) -> Metrics:
     """Train as one of the workers of `runtime`; returns the last validation metrics (the same on each)."""
     shards, tokenizer, derived = check_inputs(config, runtime.device.type)
-    checkpoint = check_resume(run_path, derived)
+    checkpoint = check_resume(of_run(config.checkpoints, run_path), derived)
     model = GPT(derived.model, compute_dtype=runtime.dtype)
     model.init_weights(config.seed) if checkpoint is None else load_weights(model, checkpoint)
     model.to(runtime.device)

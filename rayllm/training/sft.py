@@ -24,6 +24,7 @@ from rayllm.optim.scaling import flops_per_token, split_step, split_worker_rows
 from rayllm.optim.schedule import FinetuneSchedule
 from rayllm.runs.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint
 from rayllm.runs.load import load_tokenizer, load_weights, model_config
+from rayllm.runs.places import of_run
 from rayllm.runtime import Runtime
 from rayllm.text.chat import render_for_reply
 from rayllm.text.tokenizer import Tokenizer
@@ -92,13 +93,13 @@ def check_start(config: SFTConfig, run_path: Path, device_type: str | None = Non
 
     Raises ValueError or FileNotFoundError naming what does not fit and the cure.
     """
-    own = latest_checkpoint(run_path) if run_path.is_dir() else None
+    own = latest_checkpoint(of_run(config.checkpoints, run_path))
     checkpoint = own or open_checkpoint(config.checkpoint)
     model = model_config(checkpoint)
     sequence_len = config.sequence_len or model.sequence_len
     if sequence_len > (limit := model.max_positions):
         raise ValueError(
-            f"sequence_len={sequence_len} is more than the {limit} positions that the model of {checkpoint.path} has; "
+            f"sequence_len={sequence_len} is more than the {limit} positions that the model of {checkpoint} has; "
             f"write --sequence_len={model.sequence_len}, or at most {limit}"
         )
     rows_per_step, rows_per_worker = split_step(
@@ -125,7 +126,7 @@ def plan_sft(config: SFTConfig, start: SFTStart, rows: ConversationRows) -> SFTP
     """Derive the whole plan from the rows to train on."""
     num_steps = math.ceil(len(rows.rows) / start.rows_per_step)
     return SFTPlan(
-        checkpoint=str(start.checkpoint.path),
+        checkpoint=str(start.checkpoint),
         model=start.model,
         sequence_len=start.sequence_len,
         rows_per_step=start.rows_per_step,

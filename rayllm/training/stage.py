@@ -13,8 +13,10 @@ from rayllm.data.loader import DataPosition, StepBatch
 from rayllm.model.gpt import GPT
 from rayllm.optim.optimizer import MuonAdamW
 from rayllm.optim.schedule import Schedule
-from rayllm.runs.checkpoint import Checkpoint, save_checkpoint
+from rayllm.runs.checkpoint import Checkpoint
+from rayllm.runs.places import of_run
 from rayllm.runs.tracking import Tracker, build_tracker
+from rayllm.runs.writer import CheckpointWriter
 from rayllm.runtime import Runtime
 from rayllm.text.tokenizer import Tokenizer
 from rayllm.training.loop import Callbacks, Intervals, Metrics, fit
@@ -41,6 +43,11 @@ class Stage:
     sample_texts: Callable[[], Iterable[str]]
     last_validation: Metrics = field(default_factory=dict, init=False)
     _tracker: Tracker | None = field(default=None, init=False)
+    _writer: CheckpointWriter = field(init=False)
+
+    def __post_init__(self) -> None:
+        root = of_run(self.config.checkpoints, self.run_path)
+        self._writer = CheckpointWriter(root, self.tokenizer, self.config.keep_checkpoints)
 
     def train(
         self,
@@ -59,6 +66,7 @@ class Stage:
         """
         config, checkpoint = self.config, self.resumes_from
         prepare_model(self.model, config.workers, self.runtime)
+        self._agree(0 if checkpoint is None else checkpoint.step)
         if checkpoint is not None:
             self.optimizer.load_named_state(checkpoint.load_optimizer_state() or {})
         if self.runtime.rank == 0:
@@ -86,6 +94,7 @@ class Stage:
             batches.close()
             if self._tracker is not None:
                 self._tracker.close()
+            self._writer.close()  # last: it waits for the disk, and may raise
         return self.last_validation
 
     def report(self, step: int, metrics: Metrics) -> None:
@@ -102,12 +111,12 @@ class Stage:
                 self._tracker.log_text(step, "sample", text)
 
     def save(self, step: int, position: DataPosition) -> None:
-        """Write a checkpoint; called on every worker, as they gather what the first writes."""
+        """Begin to write a checkpoint, and train on meanwhile; called on every worker, as the first writes what all
+        hold."""
         optimizer_state = self.optimizer.gather_named_state()
         if self.runtime.rank != 0:
             return
-        save_checkpoint(
-            self.run_path / "checkpoints",
+        self._writer.save(
             step,
             model_state=self.model.state_dict(),
             optimizer_state=optimizer_state,
@@ -116,11 +125,15 @@ class Stage:
                 "model": self.model.config.to_dict(),
                 "position": asdict(position),
                 "tokenizer_fingerprint": self.tokenizer.fingerprint,
-                "metrics": self.last_validation,
+                "metrics": dict(self.last_validation),
             },
-            tokenizer=self.tokenizer,
-            keep=self.config.keep_checkpoints,
         )
+
+    def _agree(self, first_step: int) -> None:
+        """Raise RuntimeError where workers found different checkpoints: one was just being finished as they started."""
+        total = int(self.runtime.sum_over_workers([first_step])[0])
+        if total != first_step * self.runtime.world_size:
+            raise RuntimeError(f"worker {self.runtime.rank} found the checkpoint of step {first_step}, others another")
 
 
 def position_of(checkpoint: Checkpoint | None) -> DataPosition:

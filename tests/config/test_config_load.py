@@ -266,7 +266,7 @@ def test_a_list_written_anew_is_not_blamed_on_the_recipe(tmp_path: Path) -> None
         ("--dryrun", "--dryrun: unknown key dryrun; did you mean --dry-run?"),
         ("--flavour=4", "--flavour=4: unknown key flavour; the keys here are out, depth, model, horizon, "
          "tokens_per_step, rows_per_micro_batch, seed, data, optim, workers, log_every, eval_every, eval_tokens, "
-         "sample_every, sample_tokens, save_every, keep_checkpoints, tracking"),
+         "sample_every, sample_tokens, save_every, keep_checkpoints, checkpoints, tracking"),
         ("--model={head_dim: 4", "--model={head_dim: 4: model: got {head_dim: 4, not valid YAML; write for example "
          "--model='{aspect_ratio: 64}'"),
         ("--depth.x=4", "--depth.x=4: unknown key depth.x; depth is a value and has no keys"),

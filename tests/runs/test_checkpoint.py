@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -77,7 +78,7 @@ def flip_byte(path: Path) -> None:
 def test_roundtrip(tmp_path):
     path = save(tmp_path / "checkpoints", 500)
     assert path == tmp_path / "checkpoints" / "step_000500"
-    for address in (path, str(path), tmp_path, tmp_path / "checkpoints"):
+    for address in (path, str(path), tmp_path, tmp_path / "checkpoints", f"file://{tmp_path}", f"file://{path}"):
         checkpoint = open_checkpoint(address)
         assert (checkpoint.path, checkpoint.step) == (path, 500)
     assert checkpoint.state == {"model": {"depth": 4}, "position": {"epoch": 1, "row_idx": 500}, "bpb": 1.25}
@@ -175,8 +176,36 @@ def test_missing_and_cut_files_are_found(tmp_path):
 def test_another_format_is_refused(tmp_path):
     path = save(tmp_path, 1)
     manifest = json.loads((path / "checkpoint.json").read_text())
-    (path / "checkpoint.json").write_text(json.dumps({**manifest, "format": 2}))
-    with pytest.raises(ValueError, match="format 2"):
+    (path / "checkpoint.json").write_text(json.dumps({**manifest, "format": 3}))
+    with pytest.raises(ValueError, match="format 3"):
+        open_checkpoint(path)
+
+
+def test_a_checkpoint_counts_only_with_its_marker(tmp_path, caplog):
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    (newest / "COMPLETE").unlink()
+    with pytest.raises(ValueError, match="step_000002 is no whole checkpoint: its marker COMPLETE is missing"):
+        open_checkpoint(newest)
+    with caplog.at_level(logging.WARNING):
+        assert open_checkpoint(tmp_path).step == 1
+    assert "step_000002" in caplog.text
+    (newest / "COMPLETE").write_bytes((tmp_path / "step_000001" / "COMPLETE").read_bytes())
+    with pytest.raises(ValueError, match="another checkpoint's"):
+        open_checkpoint(newest)
+
+
+def test_format_1_had_no_marker(tmp_path):
+    path = save(tmp_path, 1)
+    (path / "COMPLETE").unlink()
+    manifest = json.loads((path / "checkpoint.json").read_text())
+    del manifest["sha256"]
+    manifest["format"] = 1
+    digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    (path / "checkpoint.json").write_text(json.dumps({**manifest, "sha256": digest}))
+    assert open_checkpoint(tmp_path).step == 1
+    flip_byte(path / "model.safetensors")
+    with pytest.raises(ValueError, match="its checksum differs"):
         open_checkpoint(path)
 
 

@@ -38,7 +38,7 @@ def test_new_run_writes_recipe_plan_identity_and_provenance(tmp_path):
     record = read_run(run.path)
     assert (record.run_id, record.stage) == (run.run_id, "pretrain")
     assert len(run.run_id) == 12 and int(run.run_id, 16) >= 0
-    assert (run.metrics_path, run.checkpoints_path) == (run.path / "metrics.jsonl", run.path / "checkpoints")
+    assert (run.metrics_path, run.checkpoints) == (run.path / "metrics.jsonl", str(run.path / "checkpoints"))
 
 
 def test_provenance_gains_a_line_for_each_launch(tmp_path):

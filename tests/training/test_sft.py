@@ -24,6 +24,7 @@ from rayllm.optim.groups import build_optimizer
 from rayllm.optim.schedule import FinetuneSchedule
 from rayllm.runs.checkpoint import open_checkpoint, save_checkpoint
 from rayllm.runs.load import load
+from rayllm.runs.places import open_store
 from rayllm.runs.tracking import read_metrics
 from rayllm.runtime import Runtime
 from rayllm.text.tokenizer import Tokenizer
@@ -168,6 +169,22 @@ def test_a_run_that_is_cut_off_ends_with_the_same_bits(start: Start, tmp_path: P
         run_worker(config, cut, ALONE)
         assert weights(cut) == weights(path)
         assert losses(cut) == losses(path)
+
+
+def test_a_run_with_its_checkpoints_at_a_url_goes_on_from_there(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYLLM_CACHE_DIR", str(tmp_path / "cache"))
+    config, path = start("whole")
+    run_worker(config, path, ALONE)
+    config, path = start("elsewhere", checkpoints=f"memory://{tmp_path.name}/sft")
+    run_worker(config, path, ALONE)
+    for entry in (store := open_store(config.checkpoints)).find():
+        if entry.step > 4:
+            store.discard(entry.name)
+    run_worker(config, path, ALONE)  # the directory has the metrics of all its steps, and no checkpoint
+    assert not (path / "checkpoints").exists()
+    assert weights(config.checkpoints) == weights(tmp_path / "whole") and losses(path) == losses(tmp_path / "whole")
 
 
 def test_max_steps_ends_a_run_early_with_its_rates_at_their_end(start: Start) -> None:
