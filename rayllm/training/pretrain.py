@@ -19,7 +19,7 @@ from rayllm.runs.load import load_weights, model_config
 from rayllm.runtime import Runtime
 from rayllm.text.tokenizer import Tokenizer
 from rayllm.training.loop import Metrics
-from rayllm.training.stage import Stage, position_of
+from rayllm.training.stage import Outcome, Stage, position_of
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -59,8 +59,8 @@ def check_resume(run_path: Path, derived: PretrainPlan) -> Checkpoint | None:
     return checkpoint
 
 
-def run_worker(config: PretrainConfig, run_path: Path, runtime: Runtime) -> Metrics:
-    """Train as one of the workers of `runtime`; returns the last validation metrics (the same on each)."""
+def run_worker(config: PretrainConfig, run_path: Path, runtime: Runtime) -> Outcome:
+    """Train as one of the workers of `runtime`."""
     shards, tokenizer, derived = check_inputs(config)
     checkpoint = check_resume(run_path, derived)
     model = GPT(derived.model, compute_dtype=runtime.dtype)
