@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,12 @@ from rayllm.runs.atomic import write_json
 from rayllm.runs.checkpoint import Checkpoint
 from rayllm.runs.progress import ProgressFollower
 from rayllm.runs.run_dir import RunDir, open_run
+from rayllm.runs.stop_request import StopRequest, asking_on_sigterm, note_sigterm
 from rayllm.runs.tracking import check_sinks
 from rayllm.runtime import Runtime, build_runtime
 from rayllm.training import pretrain, sft
 from rayllm.training.loop import Metrics
+from rayllm.training.stage import Outcome
 
 # What may differ when a run is resumed: how it is run and watched, not what it computes.
 RESUMABLE_CHANGES = (
@@ -42,7 +44,7 @@ RESUMABLE_CHANGES = (
 FATAL = (ValueError, FileNotFoundError, PermissionError, FloatingPointError)
 
 FitConfig = PretrainConfig | SFTConfig
-RunWorker = Callable[[Any, Path, Runtime], Metrics]
+RunWorker = Callable[[Any, Path, Runtime], Outcome]
 
 
 def run(config: PretrainConfig) -> None:
@@ -127,7 +129,10 @@ def _run_fit(
     num_steps: int,
 ) -> Metrics | None:
     """Train in the run directory to the end; None when it is there already. Paths in `config` must be absolute, as
-    workers run in a directory of their own."""
+    workers run in a directory of their own.
+
+    SIGTERM (a spot machine's notice, `ray job stop`) has the workers save after the step under way; then SystemExit(0).
+    """
     done = resumes_from.step if resumes_from else 0
     if done >= num_steps:
         print(f"{stage}: {config.out} holds all {num_steps} steps of this recipe already; nothing to do")
@@ -136,8 +141,22 @@ def _run_fit(
         print(f"{stage}: resuming {config.out} after step {done} of {num_steps}", file=sys.stderr)
     with cluster.connect() as ray_cluster:
         placement = plan_placement(config.workers, ray_cluster)
-        with ProgressFollower(run_dir.metrics_path, num_steps=num_steps):
-            return _train(stage, run_worker, config, run_dir.path, placement)
+        request = StopRequest(run_dir.path)
+        request.clear()
+        told = f"{stage}: SIGTERM: saving a checkpoint after this step; a second one ends the run at once"
+        with (
+            asking_on_sigterm(request, say=lambda: print(told, file=sys.stderr, flush=True)),
+            ProgressFollower(run_dir.metrics_path, num_steps=num_steps),
+        ):
+            outcome = _train(stage, run_worker, config, run_dir.path, placement)
+        if outcome.step < num_steps:
+            print(
+                f"{stage}: stopped by SIGTERM after step {outcome.step} of {num_steps}, checkpoint saved; "
+                f"the same command goes on from there: {config.out}",
+                flush=True,
+            )
+            raise SystemExit(0)
+        return outcome.metrics
 
 
 def plan_placement(workers: WorkersConfig, ray_cluster: cluster.Cluster) -> ScalingConfig:
@@ -149,14 +168,15 @@ def plan_placement(workers: WorkersConfig, ray_cluster: cluster.Cluster) -> Scal
     return ScalingConfig(num_workers=workers.num_workers, use_gpu=use_gpu, resources_per_worker=resources)
 
 
-def _train(stage: str, run_worker: RunWorker, config: FitConfig, run_path: Path, placement: ScalingConfig) -> Metrics:
+def _train(stage: str, run_worker: RunWorker, config: FitConfig, run_path: Path, placement: ScalingConfig) -> Outcome:
     """Run the workers to the end, starting them again from the last checkpoint when one dies."""
     for num_failures in range(config.workers.max_failures + 1):
         trainer = _Trainer(
             _worker,
             train_loop_config={"run_worker": run_worker, "config": config, "run_path": str(run_path.resolve())},
             scaling_config=placement,
-            torch_config=TorchConfig(backend="nccl" if placement.use_gpu else "gloo"),
+            # Numbers that the host has are added up without waiting for the GPU.
+            torch_config=_TorchConfig(backend="cpu:gloo,cuda:nccl" if placement.use_gpu else "gloo"),
             run_config=RunConfig(
                 name=f"attempt-{num_failures}",
                 storage_path=str((run_path / "ray").resolve()),
@@ -166,7 +186,8 @@ def _train(stage: str, run_worker: RunWorker, config: FitConfig, run_path: Path,
             ),
         )
         try:
-            return trainer.fit().return_value
+            outcome: Outcome = trainer.fit().return_value
+            return outcome
         except TrainingFailedError as failure:
             cause = _root_cause(failure)
             if _is_fatal(cause) or num_failures == config.workers.max_failures:
@@ -187,7 +208,25 @@ class _Trainer(TorchTrainer):
         pass
 
 
-def _worker(loop_config: dict[str, Any]) -> Metrics:
+@dataclass
+class _TorchConfig(TorchConfig):
+    """One whose workers note SIGTERM instead of dying of it."""
+
+    @property
+    def backend_cls(self) -> type:
+        return _TorchBackend
+
+
+class _TorchBackend(TorchConfig().backend_cls):  # type: ignore[misc]
+    """What it does on a worker it does in the main thread, where alone signals can be handled: training runs beside it,
+    in a thread of Ray Train's."""
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        super().on_start(worker_group, backend_config)
+        worker_group.execute(note_sigterm)
+
+
+def _worker(loop_config: dict[str, Any]) -> Outcome:
     """What Ray Train runs on each worker."""
     config: FitConfig = loop_config["config"]
     context = ray.train.get_context()

@@ -294,7 +294,8 @@ def _report(command: str, error: Exception) -> int:
         return _fail(command, f"disk full{where}: free some space or choose another --out, then run again", EXIT_FAILED)
     if isinstance(original, BAD_INPUT):
         return _fail(command, _message(original), EXIT_BAD_INPUT)
-    if type(original) in (TimeoutError, ConnectionError):  # ours: something that was waited for did not come
+    # Ours: something that was waited for did not come, or a loss is no number.
+    if type(original) in (TimeoutError, ConnectionError, FloatingPointError):
         return _fail(command, _message(original), EXIT_FAILED)
     traceback.print_exception(error)
     return EXIT_FAILED

@@ -35,6 +35,15 @@ class Runtime:
             dist.all_reduce(total)
         return total
 
+    def sum_on_host(self, values: Sequence[float]) -> list[float]:
+        """Numbers that the host has, added up over all workers in float64; a collective call that waits for the other
+        workers and never for this one's device (the process group must have a backend for CPUs)."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        summed: list[float] = total.tolist()
+        return summed
+
     def synchronize(self) -> None:
         """Wait for the device's queue, so that the clock tells the truth."""
         if self.device.type == "cuda":

@@ -121,10 +121,14 @@ class MuonAdamW(torch.optim.Optimizer):
         for share in self._shares:
             share.load_state(saved)
 
+    def held_state(self) -> list[Tensor]:
+        """All that this worker keeps of the state."""
+        return [tensor for share in self._shares for tensor in share.held()]
+
     @property
     def state_bytes(self) -> int:
         """Size of the state that this worker keeps."""
-        return sum(tensor.nbytes for share in self._shares for tensor in share.held())
+        return sum(tensor.nbytes for tensor in self.held_state())
 
     @property
     def _shares(self) -> list[TableShare | MatrixShare]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,7 +15,10 @@ from rayllm.optim.optimizer import MuonAdamW
 from rayllm.optim.schedule import Schedule
 from rayllm.runtime import Runtime
 from rayllm.training.accumulate import accumulate_gradient
+from rayllm.training.collector import collector_kept_out
+from rayllm.training.health import LossWatch, StepWatch
 from rayllm.training.replica import replicate
+from rayllm.training.speed import Speed
 
 Metrics = dict[str, float]
 
@@ -39,6 +41,8 @@ class Callbacks:
     evaluate: Callable[[], Metrics]
     sample: Callable[[int], None]
     save: Callable[[int, DataPosition], None]
+    wants_stop: Callable[[], bool] = lambda: False
+    """Asked before each step; one worker's yes stops all, after that step."""
 
 
 def fit(
@@ -54,62 +58,64 @@ def fit(
     matrix_weight_decay: float,
     flops_per_token: float,
     first_step: int = 0,
-) -> None:
-    """Train from `first_step` (steps done before) to `num_steps`.
+) -> int:
+    """Train from `first_step` (steps done before) to `num_steps`, or until a worker wants to stop: the step that
+    begins then is the last, and saved. Returns the steps done.
 
     The loss of a step is the sum over its targets, divided by their number over all micro-batches and workers:
-    any split gives the same gradient. Raises FloatingPointError when the loss is no longer a number.
+    any split gives the same gradient. Raises DivergedError (a FloatingPointError) where the run cannot go on.
     """
     replica = replicate(model, runtime)
-    peak_flops_per_s = runtime.peak_flops_per_s() * runtime.world_size
-    if first_step == 0:
-        callbacks.report(0, callbacks.evaluate())
-    num_tokens, since = 0.0, time.perf_counter()
-    for step in range(first_step, num_steps):
-        batch = next(batches)
-        rates = schedule.at(step)
-        rates.apply(optimizer, matrix_weight_decay)
-        loss, _ = forward_backward(replica, batch, runtime)
-        optimizer.step()
-        num_tokens += batch.num_tokens * runtime.world_size  # every worker has as many rows
+    speed = Speed(runtime, flops_per_token)
+    watch = StepWatch(LossWatch(uniform_loss=math.log(model.config.vocab_size)), runtime)
+    owes_save = False
+    with collector_kept_out() as collect_garbage:
+        if first_step == 0:
+            callbacks.report(0, callbacks.evaluate())
+        for step in range(first_step, num_steps):
+            batch, rates = next(batches), schedule.at(step)
+            rates.apply(optimizer, matrix_weight_decay)
+            loss, _, num_stopping = forward_backward(replica, batch, runtime, callbacks.wants_stop())
+            done, is_last = step + 1, step + 1 == num_steps
+            is_stop = num_stopping > 0 and not is_last
+            owes_save |= is_due(done, intervals.save_every, is_last or is_stop)
+            is_logged = owes_save or is_due(done, intervals.log_every, is_last)  # nothing is saved unseen
+            optimizer.step(track_update_rms=is_logged)
+            watch.keep(done, batch, loss, optimizer.grad_norm)
+            speed.add(batch)
+            if is_logged:
+                seen = watch.look()
+                updates = {f"train/update_rms/{name}": float(rms) for name, rms in optimizer.update_rms().items()}
+                rest = {"train/lr_multiplier": rates.lr_multiplier, "train/epoch": float(batch.position.epoch)}
+                callbacks.report(done, {**seen.metrics, **speed.measure(), **rest, **updates})
+            optimizer.zero_grad()
 
-        done, is_last = step + 1, step + 1 == num_steps
-        is_saved = is_due(done, intervals.save_every, is_last)
-        if is_saved or is_due(done, intervals.log_every, is_last):  # nothing is saved unseen
-            mean_loss = float(runtime.sum_over_workers(loss))
-            if not math.isfinite(mean_loss):
-                raise FloatingPointError(f"loss is {mean_loss} at step {done}: lower the learning rates (optim.*_lr)")
-            tokens_per_s = num_tokens / (time.perf_counter() - since)
-            metrics = {
-                "train/loss": mean_loss,
-                "train/lr_multiplier": rates.lr_multiplier,
-                "train/grad_norm": float(grad_norm(model)),
-                "train/tokens_per_s": tokens_per_s,
-                "train/mfu": tokens_per_s * flops_per_token / peak_flops_per_s,
-                "train/epoch": float(batch.position.epoch),
-            }
-            callbacks.report(done, metrics)
-            num_tokens, since = 0.0, time.perf_counter()
-        optimizer.zero_grad()
-
-        paused = time.perf_counter()
-        if is_due(done, intervals.eval_every, is_last):
-            callbacks.report(done, callbacks.evaluate())
-        if is_due(done, intervals.sample_every, is_last):
-            callbacks.sample(done)
-        if is_saved:
-            callbacks.save(done, batch.position)
-        since += time.perf_counter() - paused
+            with speed.paused():
+                if not is_stop and is_due(done, intervals.eval_every, is_last):
+                    callbacks.report(done, callbacks.evaluate())
+                    collect_garbage()
+                if not is_stop and is_due(done, intervals.sample_every, is_last):
+                    callbacks.sample(done)
+                if owes_save and (seen.is_steady or is_last or is_stop):
+                    watch.check_weights(optimizer)
+                    callbacks.save(done, batch.position)
+                    owes_save = False
+                    collect_garbage()
+            if is_stop:
+                return done
+    return num_steps
 
 
-def forward_backward(model: torch.nn.Module, batch: StepBatch, runtime: Runtime) -> tuple[Tensor, float]:
+def forward_backward(
+    model: torch.nn.Module, batch: StepBatch, runtime: Runtime, wants_stop: bool = False
+) -> tuple[Tensor, float, int]:
     """Accumulate the gradient of one step, synchronized once over the workers.
 
-    Returns this worker's share of the mean loss (a scalar tensor; the shares add up to it) and the step's
-    number of targets over all workers.
+    Returns this worker's share of the mean loss (a scalar tensor; the shares add up to it), the step's number of
+    targets over all workers, and how many workers want to stop.
     """
     num_local = sum(int((m.targets_BT != IGNORE_INDEX).sum()) for m in batch.micro_batches)
-    num_loss_tokens = float(runtime.sum_over_workers([num_local]))
+    num_loss_tokens, num_stopping = runtime.sum_on_host([num_local, wants_stop])
 
     def summed_loss(replica: torch.nn.Module, batch: TokenBatch) -> Tensor:
         targets_N, target_idx_N = find_targets(batch.targets_BT)  # on the CPU still, so that no device is waited for
@@ -128,7 +134,7 @@ def forward_backward(model: torch.nn.Module, batch: StepBatch, runtime: Runtime)
     share = accumulate_gradient(
         model, batch.micro_batches, summed_loss, num_loss_tokens=num_loss_tokens, world_size=runtime.world_size
     )
-    return share, num_loss_tokens
+    return share, num_loss_tokens, int(num_stopping)
 
 
 def grad_norm(model: torch.nn.Module) -> Tensor:

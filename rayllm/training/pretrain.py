@@ -21,7 +21,7 @@ from rayllm.runs.places import Place, of_run
 from rayllm.runtime import Runtime
 from rayllm.text.tokenizer import Tokenizer
 from rayllm.training.loop import Metrics
-from rayllm.training.stage import Stage, position_of
+from rayllm.training.stage import Outcome, Stage, position_of
 
 SAMPLE_PROMPTS = (
     "The capital of France is",
@@ -63,8 +63,8 @@ def check_resume(checkpoints: Place, derived: PretrainPlan) -> Checkpoint | None
     return checkpoint
 
 
-def run_worker(config: PretrainConfig, run_path: Path, runtime: Runtime) -> Metrics:
-    """Train as one of the workers of `runtime`; returns the last validation metrics (the same on each)."""
+def run_worker(config: PretrainConfig, run_path: Path, runtime: Runtime) -> Outcome:
+    """Train as one of the workers of `runtime`."""
     shards, tokenizer, derived = check_inputs(config, runtime.device.type)
     checkpoint = check_resume(of_run(config.checkpoints, run_path), derived)
     model = GPT(derived.model, compute_dtype=runtime.dtype)

@@ -29,7 +29,7 @@ from rayllm.runtime import Runtime
 from rayllm.text.chat import render_for_reply
 from rayllm.text.tokenizer import Tokenizer
 from rayllm.training.loop import Metrics
-from rayllm.training.stage import Stage, position_of
+from rayllm.training.stage import Outcome, Stage, position_of
 from rayllm.types import Conversation, Message, Prompt
 
 SAMPLE_PROMPTS = (
@@ -141,8 +141,8 @@ def plan_sft(config: SFTConfig, start: SFTStart, rows: ConversationRows) -> SFTP
     )
 
 
-def run_worker(config: SFTConfig, run_path: Path, runtime: Runtime) -> Metrics:
-    """Train as one of the workers of `runtime`; returns the last validation metrics (the same on each).
+def run_worker(config: SFTConfig, run_path: Path, runtime: Runtime) -> Outcome:
+    """Train as one of the workers of `runtime`.
 
     The conversations must stand rendered in the run directory.
     """

@@ -15,12 +15,23 @@ from rayllm.optim.optimizer import MuonAdamW
 from rayllm.optim.schedule import Schedule
 from rayllm.runs.checkpoint import Checkpoint
 from rayllm.runs.places import of_run
+from rayllm.runs.stop_request import StopRequest, sigterm_came
 from rayllm.runs.tracking import Tracker, build_tracker
 from rayllm.runs.writer import CheckpointWriter
 from rayllm.runtime import Runtime
 from rayllm.text.tokenizer import Tokenizer
+from rayllm.training.health import DivergedError
 from rayllm.training.loop import Callbacks, Intervals, Metrics, fit
+from rayllm.training.replay import save_batch
 from rayllm.training.replica import prepare_model
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a worker's run came to: the steps done, and the last validation metrics (the same on each worker)."""
+
+    step: int
+    metrics: Metrics
 
 
 @dataclass
@@ -44,10 +55,12 @@ class Stage:
     last_validation: Metrics = field(default_factory=dict, init=False)
     _tracker: Tracker | None = field(default=None, init=False)
     _writer: CheckpointWriter = field(init=False)
+    _stop_request: StopRequest = field(init=False)
 
     def __post_init__(self) -> None:
         root = of_run(self.config.checkpoints, self.run_path)
         self._writer = CheckpointWriter(root, self.tokenizer, self.config.keep_checkpoints)
+        self._stop_request = StopRequest(self.run_path)
 
     def train(
         self,
@@ -58,11 +71,11 @@ class Stage:
         matrix_weight_decay: float,
         flops_per_token: float,
         sample_every: int | None,
-    ) -> Metrics:
-        """Run the loop to the end, then close `batches`; returns the last validation metrics (the same on each worker).
+    ) -> Outcome:
+        """Run the loop to the end, or until a stop is asked for, then close `batches`.
 
         Where the run is resumed, the optimizer's state is that of its checkpoint, and what was reported later is
-        dropped.
+        dropped. Raises FloatingPointError, after saving the batch for replay, where the run diverged.
         """
         config, checkpoint = self.config, self.resumes_from
         prepare_model(self.model, config.workers, self.runtime)
@@ -77,25 +90,27 @@ class Stage:
                 resume_step=None if checkpoint is None else checkpoint.step,
             )
         try:
-            fit(
+            step = fit(
                 self.model,
                 self.optimizer,
                 schedule,
                 batches,
                 self.runtime,
-                Callbacks(report=self.report, evaluate=self.evaluate, sample=self.sample, save=self.save),
+                Callbacks(self.report, self.evaluate, self.sample, self.save, self.wants_stop),
                 Intervals(config.log_every, config.eval_every, sample_every, config.save_every),
                 num_steps=num_steps,
                 matrix_weight_decay=matrix_weight_decay,
                 flops_per_token=flops_per_token,
                 first_step=0 if checkpoint is None else checkpoint.step,
             )
+        except DivergedError as error:
+            raise FloatingPointError(self._explain(error)) from error
         finally:
             batches.close()
             if self._tracker is not None:
                 self._tracker.close()
             self._writer.close()  # last: it waits for the disk, and may raise
-        return self.last_validation
+        return Outcome(step, self.last_validation)
 
     def report(self, step: int, metrics: Metrics) -> None:
         if self._tracker is not None:
@@ -109,6 +124,24 @@ class Stage:
         if self._tracker is not None:
             for text in self.sample_texts():
                 self._tracker.log_text(step, "sample", text)
+
+    def wants_stop(self) -> bool:
+        """SIGTERM came to this worker, or someone asked the run."""
+        return sigterm_came() or (self.runtime.rank == 0 and self._stop_request.is_asked())
+
+    def _explain(self, error: DivergedError) -> str:
+        """Save the batch of each worker and say where; returns once all have."""
+        runtime = self.runtime
+        try:
+            told = f"its batch is in {save_batch(self.run_path, error, runtime.rank, runtime.world_size)}"
+        except OSError as failure:
+            told = f"its batch could not be saved ({failure})"
+        runtime.sum_on_host([1.0])  # who raises first ends the others
+        return (
+            f"{error.reason} at step {error.step}: lower the learning rates (optim.*_lr) and start anew with another "
+            f"--out. Checkpoints of earlier steps are untouched; {told}; to see it once more: "
+            f"python -m rayllm.training.replay {self.run_path}"
+        )
 
     def save(self, step: int, position: DataPosition) -> None:
         """Begin to write a checkpoint, and train on meanwhile; called on every worker, as the first writes what all

@@ -141,18 +141,19 @@ def losses(run_path: Path) -> dict[int, float]:
 
 def test_a_run_learns_and_leaves_a_chat_checkpoint(start: Start, base: Path) -> None:
     config, path = start("run")
-    metrics = run_worker(config, path, ALONE)
+    outcome = run_worker(config, path, ALONE)
     num_steps = math.ceil(len(ConversationRows(Mixture.load(mixture_path(path, "train")), 48).rows) / 8)
     assert sorted(losses(path)) == list(range(1, num_steps + 1))
     records = read_metrics(path / "metrics.jsonl")
     validation = {r["step"]: r["val/loss"] for r in records if "val/loss" in r}
     assert list(validation) == [*range(0, num_steps, 4), num_steps]
-    assert validation[num_steps] == metrics["val/loss"] < validation[0] - 1
-    assert 0 < metrics["val/loss_stderr"] < 0.5
+    assert outcome.step == num_steps
+    assert validation[num_steps] == outcome.metrics["val/loss"] < validation[0] - 1
+    assert 0 < outcome.metrics["val/loss_stderr"] < 0.5
     assert sum(r.get("name") == "sample" for r in records) == 3
     checkpoint = open_checkpoint(path)
     assert checkpoint.step == num_steps
-    assert checkpoint.state["stage"] == "sft" and checkpoint.state["metrics"] == metrics
+    assert checkpoint.state["stage"] == "sft" and checkpoint.state["metrics"] == outcome.metrics
     model, tokenizer = load(path)
     assert model.config == SHAPE and tokenizer.fingerprint == TOKENIZER.fingerprint
 
@@ -269,11 +270,11 @@ def gradient(batches: list[StepBatch]) -> tuple[float, dict[str, torch.Tensor]]:
     model, total = build_model(torch.float64), 0.0
 
     class OfAll(Runtime):
-        def sum_over_workers(self, values: Any) -> torch.Tensor:
-            return torch.tensor([float(num_targets)])
+        def sum_on_host(self, values: Any) -> list[float]:
+            return [float(num_targets), 0.0]
 
     for batch in batches:
-        loss, _ = forward_backward(model, batch, OfAll(0, 1, torch.device("cpu"), torch.float64))
+        loss, _, _ = forward_backward(model, batch, OfAll(0, 1, torch.device("cpu"), torch.float64))
         total += float(loss)
     return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
