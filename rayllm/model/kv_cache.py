@@ -58,10 +58,9 @@ class KVCache:
         self.layers: list[tuple[Tensor, Tensor]] = []
         for window in config.windows:
             capacity = min(max_len, window + self.chunk_len) if rings else max_len
-            shape = (num_rows, capacity, config.num_kv_heads, config.head_dim)
-            self.layers.append(
-                (torch.zeros(shape, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
-            )
+            shape = (num_rows, config.num_kv_heads, capacity, config.head_dim)  # a head's keys lie side by side
+            keys, values = (torch.zeros(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(2))
+            self.layers.append((keys, values))
 
     @property
     def device(self) -> torch.device:
@@ -73,9 +72,9 @@ class KVCache:
 
     def store(self, layer_idx: int, rows_N: Tensor, positions_N: Tensor, k_NKE: Tensor, v_NKE: Tensor) -> None:
         """Put tokens where they belong; what stood there long before is gone."""
-        slots_N = rows_N * self.capacity(layer_idx) + positions_N % self.capacity(layer_idx)
+        slots_N = positions_N % self.capacity(layer_idx)
         for stored, new_NKE in zip(self.layers[layer_idx], (k_NKE, v_NKE), strict=True):
-            stored.view(-1, *stored.shape[2:]).index_copy_(0, slots_N, new_NKE)
+            stored[rows_N, slots_N] = new_NKE
 
     def read(self, layer_idx: int, rows: slice | Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
         """Keys and values (B, S, K, E) of up to `num_keys` slots: a slice of rows where it lies, others copied."""

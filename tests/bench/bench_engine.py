@@ -251,7 +251,8 @@ def bench_depth(
         print(_row(f"(b) engine, {num_slots} slots, {str(d)[6:]}", best[str(d)], best["static"], rates[str(d)]))
     kind = "products" if limit == by_products else "reads"
     print(
-        f"limit ({kind}; products {by_products:,.0f}, reads {by_reads:,.0f}): the engine reaches {share:.0%}",
+        f"limit ({kind}; products {by_products:,.0f}, reads {by_reads:,.0f}): the engine reaches {share:.0%}; "
+        f"the limit itself is {limit / best['static']:.1f} times (a)",
         flush=True,
     )
     return {
