@@ -148,14 +148,14 @@ def test_gradients_that_are_no_number_are_not_hidden() -> None:
 
 @pytest.mark.parametrize("shape", [(24, 100), (100, 24), (32, 32)])
 def test_wide_matrices_are_orthogonalized_as_exactly_as_others(shape, monkeypatch) -> None:
-    """On a gradient of low rank in noise, where rounding shows most, against Polar Express as written, in float64."""
+    """Up to rounding of the same order, on a gradient of low rank in noise, where it shows most."""
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     x = (draw(shape[0], 3) @ draw(3, shape[1]) + 1e-3 * draw(*shape))[None]
     fast = orthogonalize(x.float())
     monkeypatch.setattr(muon, "_goes_by_gram", lambda *_: False)
     exact = orthogonalize(x)
     error, plain_error = (float((y - exact).norm() / exact.norm()) for y in (fast, orthogonalize(x.float())))
-    assert error < max(3 * plain_error, 1e-5)
+    assert error < 8 * plain_error < 1e-3
 
 
 def test_stacks_and_single_matrices_step_alike(monkeypatch) -> None:
@@ -198,8 +198,11 @@ def test_a_compiled_step_is_the_plain_one_and_serves_any_rates() -> None:
                 group["lr"] = group["initial_lr"] * (1 - 0.1 * i)
                 if group["kind"] == "muon":
                     group["momentum"], group["weight_decay"] = 0.85 + 0.03 * i, 0.2 - 0.03 * i
+            draw = partial(torch.randn, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+            for param in model.parameters():
+                param.grad = draw(param.shape)
             with torch.compiler.set_stance(stance):
-                train_step(model, optimizer, seed=i)
+                optimizer.step()
     for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
 
