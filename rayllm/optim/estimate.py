@@ -41,7 +41,9 @@ def describe_plan(config: PretrainConfig) -> dict[str, object]:
     counts, model = derived.parameters, derived.model
     flops = derived.flops_per_token * derived.num_tokens
     rate, rate_origin = assumed_flops_per_s(config)
-    num_bytes = training_bytes_per_worker(derived, 4 if config.workers.dtype in ("auto", "float32") else 2)
+    num_bytes = training_bytes_per_worker(
+        derived, config.workers.num_workers, 4 if config.workers.dtype in ("auto", "float32") else 2
+    )
     return {
         "model": f"{model.num_layers} layers, width {model.d_model}, {model.num_heads} heads of {model.head_dim} "
         f"({model.num_kv_heads} kv), windows {'/'.join(map(str, model.windows))}",
@@ -82,16 +84,22 @@ def assumed_flops_per_s(config: PretrainConfig) -> tuple[float, str]:
     return ASSUMED_UTILISATION * peak, f"{ASSUMED_UTILISATION:.0%} of the float32 matrix product measured here"
 
 
-def training_bytes_per_worker(plan: PretrainPlan, bytes_per_activation: int) -> int:
-    """Estimated peak memory of one worker: float32 weights, gradients and optimizer state, activations, logits."""
+def training_bytes_per_worker(plan: PretrainPlan, num_workers: int, bytes_per_activation: int) -> int:
+    """Estimated peak memory of one worker: float32 weights and gradients, its share of the optimizer's state, what a
+    step needs beside them, activations, logits."""
     counts, model = plan.parameters, plan.model
-    # Muon keeps one buffer for a matrix, AdamW two for the rest; its update works on a copy of each matrix.
-    states = 4 * (2 * counts.total + 2 * counts.matrices + 2 * (counts.total - counts.matrices))
+    # Muon keeps one buffer for a matrix, AdamW two for the rest; shared out among the workers.
+    state = (counts.matrices + 2 * (counts.total - counts.matrices)) / num_workers
+    # Muon works on copies of weights, gradient and update of one shape at a time, a third of all matrices; of two such
+    # thirds the outcome may be on its way between workers.
+    third = counts.matrices / 3
+    step = 3 * third / num_workers + (2 * third if num_workers > 1 else 0)
+    parameters = int(4 * (2 * counts.total + state + step))
     tokens = plan.rows_per_micro_batch * model.sequence_len
     # Kept for backward per layer: stream, normed inputs, q, k, v, attention output (about 10 d), MLP (about 12 d).
     activations = tokens * model.num_layers * 22 * model.d_model * bytes_per_activation
     logits = tokens * model.vocab_size * 4 * 3
-    return states + activations + logits
+    return parameters + activations + logits
 
 
 def visible_gpu_name() -> str | None:

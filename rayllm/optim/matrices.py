@@ -12,6 +12,9 @@ from torch import Tensor
 from rayllm.optim.muon import variance_shape
 from rayllm.optim.sharding import Workers
 
+CPU_CACHE_ELEMENTS = 2**19
+"""A CPU steps as many matrices at once as have about so many elements, a GPU all of one shape."""
+
 
 class MatrixShare:
     """This worker's matrices of one shape, their state as stacks, and the exchange that brings the others' back.
@@ -41,8 +44,9 @@ class MatrixShare:
     def step_(self, signal: Tensor) -> None:
         """Update this worker's matrices, in place."""
         settings = self._settings(signal)
-        # A CPU is fastest on one matrix at a time, which stays in its cache and needs no copy; a GPU on all at once.
-        num_at_once = 1 if self._momentum_KMN.device.type == "cpu" else max(self._num_slots, 1)
+        num_at_once = max(self._num_slots, 1)
+        if self._momentum_KMN.device.type == "cpu":
+            num_at_once = max(CPU_CACHE_ELEMENTS // self._params[0].numel(), 1)
         for first in range(0, len(self._mine), num_at_once):
             slots = slice(first, min(first + num_at_once, len(self._mine)))
             params = self.own()[slots]

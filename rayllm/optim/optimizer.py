@@ -36,8 +36,8 @@ class MuonAdamW(torch.optim.Optimizer):
             group["initial_lr"] = group["lr"]
         muon = [group for group in self.param_groups if group["kind"] == "muon"]
         # The costliest group first: nothing is left to hide the last one's exchange.
-        muon.sort(key=lambda group: -sum(muon_flops(p.shape) for p in group["params"]))
-        owners = iter(assign_by_cost([muon_flops(p.shape) for g in muon for p in g["params"]], world_size))
+        muon.sort(key=lambda group: -sum(_costs(group)))
+        owners = iter(assign_by_cost([cost for group in muon for cost in _costs(group)], world_size))
         update = torch.compile(muon_update_, fullgraph=True, dynamic=False) if compiles else muon_update_
         self._matrices = [MatrixShare(g, [next(owners) for _ in g["params"]], self._workers, update) for g in muon]
         self._tables = [TableShare(g, self._workers) for g in self.param_groups if g["kind"] == "adamw"]
@@ -129,3 +129,7 @@ class MuonAdamW(torch.optim.Optimizer):
     @property
     def _shares(self) -> list[TableShare | MatrixShare]:
         return [*self._tables, *self._matrices]
+
+
+def _costs(group: dict[str, Any]) -> list[int]:
+    return [muon_flops(p.shape, group["orthogonalize_dtype"]) for p in group["params"]]

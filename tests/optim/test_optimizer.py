@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from rayllm.config.schema import OptimConfig
 from rayllm.model.config import GPTConfig
 from rayllm.model.gpt import GPT
+from rayllm.optim import matrices, muon
 from rayllm.optim.groups import build_optimizer
 from rayllm.optim.muon import POLAR_EXPRESS, orthogonalize
 from rayllm.optim.optimizer import MuonAdamW
@@ -130,6 +133,78 @@ def test_zero_matrices_among_others_stay_finite() -> None:
     assert all(torch.isfinite(t.double()).all() for t in tensors.values())
     zero = torch.zeros(2, 4, 6)
     assert torch.equal(orthogonalize(zero), zero)
+
+
+def test_gradients_that_are_no_number_are_not_hidden() -> None:
+    model = tiny_gpt()
+    optimizer = build_optimizer(model, OptimConfig())
+    train_step(model, optimizer, seed=0)
+    for param in model.parameters():
+        param.grad = torch.full_like(param, torch.nan)
+    optimizer.step()
+    assert optimizer.grad_norm.isnan()
+    assert all(param.isnan().any() for param in model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(24, 100), (100, 24), (32, 32)])
+def test_wide_matrices_are_orthogonalized_as_exactly_as_others(shape, monkeypatch) -> None:
+    """Up to rounding of the same order, on a gradient of low rank in noise, where it shows most."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = (draw(shape[0], 3) @ draw(3, shape[1]) + 1e-3 * draw(*shape))[None]
+    fast = orthogonalize(x.float())
+    monkeypatch.setattr(muon, "_goes_by_gram", lambda *_: False)
+    exact = orthogonalize(x)
+    error, plain_error = (float((y - exact).norm() / exact.norm()) for y in (fast, orthogonalize(x.float())))
+    assert error < 8 * plain_error < 1e-3
+
+
+def test_stacks_and_single_matrices_step_alike(monkeypatch) -> None:
+    """A CPU takes large matrices one by one, a GPU all at once."""
+    models = []
+    for num_elements in (0, 2**40):
+        monkeypatch.setattr(matrices, "CPU_CACHE_ELEMENTS", num_elements)
+        models.append(tiny_gpt().double())
+        optimizer = build_optimizer(models[-1], OptimConfig())
+        for i in range(3):
+            train_step(models[-1], optimizer, seed=i)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+def test_update_rms_is_that_of_the_parameters_change() -> None:
+    model = tiny_gpt()
+    optimizer = build_optimizer(model, OptimConfig())
+    train_step(model, optimizer, seed=0)
+    assert optimizer.update_rms() == {}, "it costs nothing where nobody asks"
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tokens_BT = torch.randint(64, (2, 16), generator=torch.Generator().manual_seed(1))
+    model(tokens_BT, tokens_BT.roll(-1, 1)).backward()
+    optimizer.step(track_update_rms=True)
+    after = dict(model.named_parameters())
+    assert set(optimizer.update_rms()) == {group["name"] for group in optimizer.param_groups}
+    assert {"lm_head", "wte", "value_embeds", "x0_lambdas", "matrices 32x128"} <= set(optimizer.update_rms())
+    for group in optimizer.param_groups:
+        change = torch.cat([(after[name] - before[name]).flatten() for name in group["names"]])
+        torch.testing.assert_close(optimizer.update_rms()[group["name"]], change.square().mean().sqrt().detach())
+
+
+@pytest.mark.slow
+def test_a_compiled_step_is_the_plain_one_and_serves_any_rates() -> None:
+    plain, compiled = tiny_gpt().double(), tiny_gpt().double()
+    optimizers = build_optimizer(plain, OptimConfig()), build_optimizer(compiled, OptimConfig(), compiles=True)
+    for i, stance in enumerate(("default", "fail_on_recompile", "fail_on_recompile")):
+        for model, optimizer in zip((plain, compiled), optimizers, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * (1 - 0.1 * i)
+                if group["kind"] == "muon":
+                    group["momentum"], group["weight_decay"] = 0.85 + 0.03 * i, 0.2 - 0.03 * i
+            draw = partial(torch.randn, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+            for param in model.parameters():
+                param.grad = draw(param.shape)
+            with torch.compiler.set_stance(stance):
+                optimizer.step()
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
 
 
 def test_groups_follow_nanochat() -> None:

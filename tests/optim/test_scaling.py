@@ -6,7 +6,7 @@ import pytest
 
 from rayllm.config.schema import Horizon, ModelConfig, OptimConfig, PretrainConfig, WorkersConfig
 from rayllm.model.gpt import GPT
-from rayllm.optim.estimate import describe_plan
+from rayllm.optim.estimate import describe_plan, training_bytes_per_worker
 from rayllm.optim.scaling import count_parameters, plan, plan_model
 from rayllm.optim.schedule import PretrainSchedule
 
@@ -76,6 +76,16 @@ def test_the_plan_in_words_names_what_a_user_asks() -> None:
     assert described["steps"] == "2,520"
     assert "GiB per worker" in described["estimated_memory"]
     assert {"training_flops", "tokens", "tokens_per_step", "estimated_time"} <= described.keys()
+
+
+def test_workers_share_the_optimizer_s_state() -> None:
+    """Of the bytes of one worker only weights, gradients and activations stay with each of many."""
+    derived = plan(PretrainConfig(depth=12), vocab_size=32768)
+    alone, of_two, of_many = (training_bytes_per_worker(derived, n, 4) for n in (1, 2, 1000))
+    counts = derived.parameters
+    state = 4 * (2 * counts.total - counts.matrices)
+    assert alone - of_two == pytest.approx(state / 2, rel=0.1)
+    assert of_many < alone - 0.9 * state
 
 
 def test_schedule() -> None:

@@ -201,7 +201,7 @@ def test_each_worker_keeps_its_share_of_the_state(world_size, runs) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
 def test_work_is_balanced_over_shapes(world_size) -> None:
     shapes = [(256, 256)] * 16 + [(1024, 256)] * 4 + [(256, 1024)] * 4 + [(4, 12)] * 2
-    costs = [muon_flops(torch.Size(shape)) for shape in shapes]
+    costs = [muon_flops(torch.Size(shape), torch.float32) for shape in shapes]
     owners = assign_by_cost(costs, world_size)
     loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == r) for r in range(world_size)]
     assert sum(loads) == sum(costs)
