@@ -95,9 +95,9 @@ class LearnerGroup:
         return dict(metrics[0])
 
     def save(self, checkpoints_path: Path, step: int, metrics: Mapping[str, float]) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint: the first learner does, of what all hold."""
         wait_for(
-            [self.source.save.remote(str(checkpoints_path), step, dict(metrics))],
+            [a.save.remote(str(checkpoints_path), step, dict(metrics)) for a in self._actors],
             STEP_TIMEOUT_S,
             "saving the checkpoint",
         )

@@ -53,7 +53,7 @@ class PolicyLearner:
         self._replica: torch.nn.Module = self.model
         if runtime.world_size > 1:
             self._replica = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-        self._optimizer = build_optimizer(self.model, optim)
+        self._optimizer = build_optimizer(self.model, optim, rank=runtime.rank, world_size=runtime.world_size)
         if resumes:
             self._optimizer.load_named_state(checkpoint.load_optimizer_state() or {})
         self._tokenizer = load_tokenizer(checkpoint)
@@ -92,12 +92,15 @@ class PolicyLearner:
         )
 
     def save(self, checkpoints_path: Path, step: int, metrics: Mapping[str, float], keep: int) -> None:
-        """Write a checkpoint of `step` steps done."""
+        """Write a checkpoint of `step` steps done; called on every learner, as they gather what the first writes."""
+        optimizer_state = self._optimizer.gather_named_state()
+        if self._runtime.rank != 0:
+            return
         save_checkpoint(
             checkpoints_path,
             step,
             model_state=self.model.state_dict(),
-            optimizer_state=self._optimizer.named_state(),
+            optimizer_state=optimizer_state,
             state={
                 "stage": "rl",
                 "model": self.model.config.to_dict(),

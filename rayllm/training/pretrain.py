@@ -67,7 +67,12 @@ def run_worker(config: PretrainConfig, run_path: Path, runtime: Runtime) -> Metr
     model.init_weights(config.seed) if checkpoint is None else load_weights(model, checkpoint)
     model.to(runtime.device)
     optimizer = build_optimizer(
-        model, config.optim, lr_multiplier=derived.lr_multiplier, matrix_weight_decay=derived.matrix_weight_decay
+        model,
+        config.optim,
+        lr_multiplier=derived.lr_multiplier,
+        matrix_weight_decay=derived.matrix_weight_decay,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
     )
     batches = step_batches(
         shards,

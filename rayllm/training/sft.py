@@ -150,7 +150,7 @@ def run_worker(config: SFTConfig, run_path: Path, runtime: Runtime) -> Metrics:
     model = GPT(start.model, compute_dtype=runtime.dtype)
     load_weights(model, start.checkpoint)
     model.to(runtime.device)
-    optimizer = build_optimizer(model, config.optim)
+    optimizer = build_optimizer(model, config.optim, rank=runtime.rank, world_size=runtime.world_size)
     if config.warm_start_optimizer and not start.resumes:
         moments = start.checkpoint.load_optimizer_state()
         if moments is not None:

@@ -100,13 +100,15 @@ class Stage:
                 self._tracker.log_text(step, "sample", text)
 
     def save(self, step: int, position: DataPosition) -> None:
+        """Write a checkpoint; called on every worker, as they gather what the first writes."""
+        optimizer_state = self.optimizer.gather_named_state()
         if self.runtime.rank != 0:
             return
         save_checkpoint(
             self.run_path / "checkpoints",
             step,
             model_state=self.model.state_dict(),
-            optimizer_state=self.optimizer.named_state(),
+            optimizer_state=optimizer_state,
             state={
                 "stage": self.name,
                 "model": self.model.config.to_dict(),
