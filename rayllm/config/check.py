@@ -20,6 +20,15 @@ from rayllm.config.schema import (
 )
 from rayllm.model.config import SMEAR_GATE_CHANNELS
 
+# Far beyond any model; without them a slip of the finger has even the plan run out of time, or of memory.
+_LIMITS = {
+    "depth": 1000,
+    "model.aspect_ratio": 4096,
+    "model.head_dim": 4096,
+    "model.sequence_len": 2**20,
+    "rows_per_micro_batch": 2**20,
+    "seed": 2**62,  # what torch's generators take, with room for a quickstart's seed on top
+}
 _PATHS = ("out", "checkpoint", "checkpoints", "shards", "tokenizer", "data.shards", "data.tokenizer")
 
 
@@ -35,6 +44,7 @@ def find_conflicts(config: Any) -> Iterator[Conflict]:
         case TokenizeConfig():
             yield from _tokenize(config)
         case PretrainConfig():
+            yield from _limits(config)
             yield from _model(config)
             yield from _batch(config)
         case SampleConfig() if not config.prompts:
@@ -45,13 +55,26 @@ def find_conflicts(config: Any) -> Iterator[Conflict]:
             yield from check_chat.find_conflicts(config, find_conflicts)
 
 
+def _value(config: Any, key: str) -> Any:
+    """What a dotted key holds; None where the stage has no such key."""
+    for name in key.split("."):
+        config = getattr(config, name, None)
+    return config
+
+
 def _empty_paths(config: Any) -> Iterator[Conflict]:
     for key in _PATHS:
-        value = config
-        for name in key.split("."):
-            value = getattr(value, name, None)
+        value = _value(config, key)
         if isinstance(value, str) and not value.strip():
             yield Conflict((key,), f"{key} is empty; write the path of a directory")
+
+
+def _limits(config: PretrainConfig) -> Iterator[Conflict]:
+    for key, limit in _LIMITS.items():
+        value = _value(config, key)
+        if isinstance(value, int) and abs(value) > limit:
+            nearest = f"{limit} or less" if value > 0 else f"{-limit} or more"
+            yield Conflict((key,), f"{key}={value} is beyond the limit; write --{key}={nearest}")
 
 
 def _tokenizer(config: TokenizerConfig) -> Iterator[Conflict]:

@@ -22,7 +22,7 @@ from rayllm.model.config import GPTConfig
 from rayllm.model.gpt import GPT
 from rayllm.runs.checkpoint import check_tensor_shapes, save_checkpoint
 from rayllm.runs.run_dir import open_run
-from rayllm.text.tokenizer import Tokenizer
+from rayllm.text.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 # nanochat's names of the architecture's fields, and ours.
 _FIELDS = {
@@ -34,6 +34,7 @@ _FIELDS = {
     "n_embd": "d_model",
     "window_pattern": "window_pattern",
 }
+_KINDS = {int: "a whole number", str: "text"}
 
 
 def run(config: ImportNanochatConfig) -> None:
@@ -44,8 +45,7 @@ def run(config: ImportNanochatConfig) -> None:
             f"source={config.source!r} is not a directory: give one with model_*.pt, meta_*.json and tokenizer.pkl"
         )
     step = _newest_step(source) if config.step is None else config.step
-    meta = json.loads(_existing(source / f"meta_{step:06d}.json").read_text(encoding="utf-8"))
-    model_config = read_model_config(meta, source)
+    model_config = read_model_config(_existing(source / f"meta_{step:06d}.json"))
     tokenizer = read_tokenizer(_existing(source / "tokenizer.pkl"))
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(
@@ -73,23 +73,34 @@ def run(config: ImportNanochatConfig) -> None:
     print(path)
 
 
-def read_model_config(meta: dict[str, Any], source: Path) -> GPTConfig:
+def read_model_config(path: Path) -> GPTConfig:
     """The architecture in a meta file; checkpoints from before sliding windows have full ones."""
-    raw = meta.get("model_config")
-    if not isinstance(raw, dict):
-        raise ValueError(f"{source}: the meta file has no model_config; is this a nanochat checkpoint?")
-    raw = {"window_pattern": "L", **raw}
+    try:
+        raw = json.loads(path.read_bytes())["model_config"]
+        raw = {"window_pattern": "L", **raw}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} holds no JSON object with a model_config: is this a nanochat checkpoint?") from error
     if raw.keys() != _FIELDS.keys():
-        raise ValueError(f"{source}: model_config must have the fields {sorted(_FIELDS)}, got {sorted(raw)}")
-    return GPTConfig(**{ours: raw[theirs] for theirs, ours in _FIELDS.items()})
+        raise ValueError(f"{path}: model_config must have the fields {sorted(_FIELDS)}, got {sorted(raw)}")
+    for name, value in raw.items():
+        kind = str if name == "window_pattern" else int
+        if type(value) is not kind:
+            raise ValueError(f"{path}: model_config.{name} must be {_KINDS[kind]}, got {json.dumps(value)}")
+    raw["window_pattern"] = raw["window_pattern"].upper()
+    try:
+        return GPTConfig(**{ours: raw[theirs] for theirs, ours in _FIELDS.items()})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_weights(path: Path, config: GPTConfig) -> dict[str, Tensor]:
     """The state dict of a model file as float32, under our (the same) names."""
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is no plain file of weights: {error}") from error
+    except Exception as error:  # for what is no file of weights torch raises whatever its bytes lead to
+        raise ValueError(f"{path} is no plain file of weights: {str(error) or type(error).__name__}") from error
+    if not isinstance(raw, dict) or not all(isinstance(n, str) and isinstance(w, Tensor) for n, w in raw.items()):
+        raise ValueError(f"{path} is no plain file of weights: it must hold a dict of names to tensors")
     weights = {name.removeprefix("_orig_mod."): tensor.float() for name, tensor in raw.items()}
     # Checkpoints from before these scalars behave as if they were there with these values.
     weights.setdefault("resid_lambdas", torch.ones(config.num_layers))
@@ -125,10 +136,13 @@ def read_tokenizer(path: Path) -> Tokenizer:
         ranks, special_ids = encoding.state["mergeable_ranks"], encoding.state["special_tokens"]
         special_tokens = tuple(sorted(special_ids, key=special_ids.__getitem__))
         if [special_ids[name] for name in special_tokens] != list(range(len(ranks), len(ranks) + len(special_ids))):
-            raise ValueError(f"{path}: the ids of its special tokens do not follow those of its {len(ranks)} merges")
+            raise ValueError(f"the ids of its special tokens do not follow those of its {len(ranks)} merges")
+        if SPECIAL_TOKENS[0] not in special_tokens:
+            raise ValueError(f"it has no {SPECIAL_TOKENS[0]}, with which every document begins")
         return Tokenizer(ranks=ranks, pattern=encoding.state["pat_str"], special_tokens=special_tokens)
-    except (pickle.UnpicklingError, AttributeError, KeyError, TypeError, EOFError, IndexError) as error:
-        raise ValueError(f"{path} is no pickled tiktoken Encoding: {error}") from error
+    except Exception as error:  # for what is no pickle Python raises whatever its bytes lead to
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path} is no pickled tiktoken Encoding of nanochat's: {reason}") from error
 
 
 def _source_stage(source: Path) -> str | None:

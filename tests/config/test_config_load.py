@@ -404,6 +404,23 @@ def test_split_arguments() -> None:
     [
         (
             PretrainConfig,
+            ("--depth=1e30", "--model.num_kv_heads=7"),
+            "--depth=1e30: depth=1000000000000000019884624838656 is beyond the limit; write --depth=1000 or less",
+        ),
+        (
+            PretrainConfig,
+            ("--model.sequence_len=10000000000",),
+            "--model.sequence_len=10000000000: model.sequence_len=10000000000 is beyond the limit; write "
+            "--model.sequence_len=1048576 or less",
+        ),
+        (
+            PretrainConfig,
+            ("--seed=-99999999999999999999",),
+            "--seed=-99999999999999999999: seed=-99999999999999999999 is beyond the limit; write "
+            "--seed=-4611686018427387904 or more",
+        ),
+        (
+            PretrainConfig,
             ("--model.head_dim=63",),
             "--model.head_dim=63: model.head_dim=63 is odd, but rotary embeddings turn channels in pairs; write an "
             "even number, such as 64",

@@ -81,7 +81,7 @@ class _Bomb:
 def test_a_pickle_that_would_run_code_is_refused(source, tmp_path) -> None:
     marker = tmp_path / "executed"
     (source / "tokenizer.pkl").write_bytes(pickle.dumps(_Bomb(marker)))
-    with pytest.raises(ValueError, match=r"no pickled tiktoken Encoding: it names posix\.mkdir"):
+    with pytest.raises(ValueError, match=r"no pickled tiktoken Encoding of nanochat.s: it names posix\.mkdir"):
         run_import(source)
     shutil.copy(REFERENCE / "tokenizer.pkl", source)
     torch.save({"wte": _Bomb(marker)}, source / "model_000000.pt")
@@ -109,6 +109,78 @@ def test_half_a_file_is_refused(source) -> None:
     path = source / "model_000000.pt"
     path.write_bytes(path.read_bytes()[:10_000])
     with pytest.raises(ValueError, match=r"model_000000\.pt is no plain file of weights"):
+        run_import(source)
+
+
+def rewrite_config(source: Path, **fields: object) -> None:
+    path = source / "meta_000000.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps({**meta, "model_config": {**meta["model_config"], **fields}}))
+
+
+@pytest.mark.parametrize("content", [b"", b'{"step": 0, "model_con', b"[1]", b"\xff\xfe\x00", b'{"model_config": 3}'])
+def test_a_meta_file_that_is_none_is_named(source, content) -> None:
+    (source / "meta_000000.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"meta_000000\.json holds no JSON object with a model_config"):
+        run_import(source)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("n_layer", "4", 'n_layer must be a whole number, got "4"'),
+        ("n_layer", 4.0, r"n_layer must be a whole number, got 4\.0"),
+        ("n_head", None, "n_head must be a whole number, got null"),
+        ("n_kv_head", True, "n_kv_head must be a whole number, got true"),
+        ("window_pattern", 3, "window_pattern must be text, got 3"),
+        ("window_pattern", "SX", "window_pattern is made of S and L"),
+        ("n_kv_head", 3, "num_kv_heads must divide num_heads"),
+        ("rope_base", 3, "must have the fields"),
+    ],
+)
+def test_an_impossible_model_config_is_named_with_its_file(source, field, value, reason) -> None:
+    rewrite_config(source, **{field: value})
+    with pytest.raises(ValueError, match=rf"meta_000000\.json: .*{reason}"):
+        run_import(source)
+
+
+def test_windows_may_be_written_small(source) -> None:
+    rewrite_config(source, window_pattern="sssl")
+    model, _ = rayllm.load(run_import(source))
+    assert model.config.window_pattern == "SSSL"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", [1, 2], {"lm_head.weight": 3}, {0: torch.zeros(1)}], ids=["empty", "text", *"123"]
+)
+def test_a_model_file_that_is_none_is_named(source, content) -> None:
+    path = source / "model_000000.pt"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(ValueError, match=r"model_000000\.pt is no plain file of weights: \w"):
+        run_import(source)
+
+
+def write_encoding(source: Path, **changes: object) -> None:
+    """A pickle of nanochat's tokenizer with parts of it replaced by what tiktoken itself would refuse to hold."""
+    state = pickle.loads((source / "tokenizer.pkl").read_bytes()).__getstate__()  # noqa: S301, our own file
+    body = pickle.dumps({**state, **changes}, protocol=3)[2:-1]
+    (source / "tokenizer.pkl").write_bytes(b"\x80\x03ctiktoken.core\nEncoding\n)\x81" + body + b"b.")
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"pat_str": "((("}, "Opening parenthesis"),
+        ({"pat_str": 5}, "int"),
+        ({"mergeable_ranks": {b"a": 0}, "special_tokens": {"<|bos|>": 1}}, "must hold every single byte"),
+        ({"special_tokens": {}}, r"it has no <\|bos\|>"),
+        ({"special_tokens": {"<|bos|>": 999}}, "do not follow"),
+        ({"mergeable_ranks": 3}, "int"),
+    ],
+)
+def test_a_tokenizer_that_is_none_is_named(source, changes, reason) -> None:
+    write_encoding(source, **changes)
+    with pytest.raises(ValueError, match=rf"tokenizer\.pkl is no pickled tiktoken Encoding of nanochat's: .*{reason}"):
         run_import(source)
 
 
