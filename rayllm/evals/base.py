@@ -30,6 +30,7 @@ def run(config: BaseEvalConfig) -> None:
             f"shards={config.shards} were made by another tokenizer than the checkpoint's ({checkpoint}): "
             "tokenize the text with the checkpoint's own (--tokenizer=CHECKPOINT/tokenizer)"
         )
+    shards.verify("val")  # a number that will be quoted is not measured on damaged text
     # Beside the run's checkpoints, one report per step: runs/base/base-eval/step_000500.
     out = Path(config.out) if config.out else checkpoint.report_path("base-eval")
     plan = {"checkpoint": str(checkpoint), "step": checkpoint.step}

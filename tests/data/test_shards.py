@@ -138,6 +138,9 @@ def test_a_flipped_bit_is_found_by_verify(directory: Path) -> None:
     shard.write_bytes(content)
     with pytest.raises(ValueError, match="val/000003-000.npy is damaged: its checksum differs"):
         TokenShards.load(directory).verify()
+    with pytest.raises(ValueError, match="val/000003-000.npy is damaged: its checksum differs"):
+        TokenShards.load(directory).verify("val")
+    TokenShards.load(directory).verify("train")
 
 
 def test_shards_that_are_not_what_the_manifest_says_are_refused_when_read(directory: Path) -> None:
