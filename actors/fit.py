@@ -49,14 +49,15 @@ RunWorker = Callable[[Any, Path, Runtime], Outcome]
 
 def run(config: PretrainConfig) -> None:
     """The `pretrain` stage: train, or go on with the run in `config.out`."""
-    _, _, plan = pretrain.check_inputs(config)
+    shards, _, plan = pretrain.check_inputs(config)
+    shards.verify()
     check_sinks(config.tracking)
     with open_run(
         config.out, stage="pretrain", config=config, plan=plan.to_dict(), may_change=RESUMABLE_CHANGES
     ) as run_dir:
         checkpoint = pretrain.check_resume(run_dir.checkpoints, plan)
-        shards, tokenizer = (str(Path(p).resolve()) for p in (config.data.shards, config.data.tokenizer))
-        data = replace(config.data, shards=shards, tokenizer=tokenizer)
+        shards_path, tokenizer_path = (str(Path(p).resolve()) for p in (config.data.shards, config.data.tokenizer))
+        data = replace(config.data, shards=shards_path, tokenizer=tokenizer_path)
         placed = replace(config, checkpoints=run_dir.checkpoints, data=data)
         metrics = _run_fit("pretrain", pretrain.run_worker, placed, run_dir, checkpoint, plan.num_steps)
     if metrics:

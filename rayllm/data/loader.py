@@ -90,7 +90,7 @@ def step_batches(
             f"{rows_per_step} rows per step do not divide among {world_size} workers; choose tokens_per_step as a "
             f"multiple of sequence_len * num_workers = {sequence_len * world_size}, or another number of workers"
         )
-    split = _split_with_rows(shards, "train", sequence_len)
+    split = split_with_rows(shards, "train", sequence_len)
 
     def steps() -> Iterator[StepBatch]:
         rows = _endless_rows(split, sequence_len, seed, long_documents, position)
@@ -124,14 +124,14 @@ def validation_batches(
         raise ValueError(
             f"{max_tokens} validation tokens are less than one row of {sequence_len}; ask for more (eval_tokens)"
         )
-    split = _split_with_rows(shards, "val", sequence_len)
+    split = split_with_rows(shards, "val", sequence_len)
     rows = list(RowPlan(split.shards, sequence_len, long_documents, seed=None))
     num_rows = min(len(rows), max_tokens // sequence_len)
     chosen = [rows[idx * len(rows) // num_rows] for idx in range(rank, num_rows, world_size)]
     return _collate(split, chosen, rows_per_batch, sequence_len, isolate)
 
 
-def _split_with_rows(shards: TokenShards, name: Split, sequence_len: int) -> SplitTokens:
+def split_with_rows(shards: TokenShards, name: Split, sequence_len: int) -> SplitTokens:
     """The split, after checking that it fills a row: any split of at least as many tokens does."""
     split = shards.split(name)
     if split.num_tokens <= sequence_len:

@@ -28,6 +28,12 @@ def continue_text(
 ) -> Sequence[str]:
     """What the model adds to a text, up to `sampling.max_tokens` tokens or the end of the document (bos)."""
     start = Prompt(prompt, (tokenizer.bos_id, *tokenizer.encode(prompt)))
+    room = model.config.max_positions - len(start.token_ids)
+    if sampling.max_tokens > room:
+        raise ValueError(
+            f"sampling.max_tokens={sampling.max_tokens} is more than the {room} positions that the model has behind "
+            f"the {len(start.token_ids)} tokens of {prompt[:40]!r}; write --sampling.max_tokens={max(room, 1)} or less"
+        )
     engine = Engine(model, tokenizer, num_slots=num_samples, max_len=len(start.token_ids) + sampling.max_tokens)
     (completions,) = engine.generate([start], sampling, num_samples=num_samples)
     if errors := [c.error for c in completions if c.finish_reason == "failed"]:

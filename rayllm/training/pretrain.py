@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rayllm.config.schema import PretrainConfig, SamplingConfig
-from rayllm.data.loader import step_batches, validation_batches
+from rayllm.data.loader import split_with_rows, step_batches, validation_batches
 from rayllm.data.shards import TokenShards
 from rayllm.engine.sample import continue_text
 from rayllm.evals.bpb import evaluate_bpb
@@ -48,8 +48,10 @@ def check_inputs(config: PretrainConfig, device_type: str | None = None) -> tupl
             f"data.tokenizer={config.data.tokenizer}: run the tokenize stage again "
             "with this one, or name the one they were made with"
         )
-    device_type = device_type or assumed_device(config.workers)
-    return shards, tokenizer, plan(config, tokenizer.vocab_size, device_type)
+    derived = plan(config, tokenizer.vocab_size, device_type or assumed_device(config.workers))
+    for split in ("train", "val"):
+        split_with_rows(shards, split, derived.model.sequence_len)
+    return shards, tokenizer, derived
 
 
 def check_resume(checkpoints: Place, derived: PretrainPlan) -> Checkpoint | None:

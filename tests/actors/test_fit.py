@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -197,3 +198,20 @@ def test_tensorboard_and_wandb_at_once(ray_session: None, tiny_recipe: Recipe, t
     files = [str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*")]
     assert any("events.out.tfevents" in name for name in files)
     assert any(name.endswith(".wandb") for name in files)
+
+
+@pytest.mark.parametrize("fault", ["too little text", "damaged shard"])
+def test_bad_text_is_told_before_there_is_a_run_directory(
+    tiny_recipe: Recipe, corpus: Path, tmp_path: Path, fault: str
+) -> None:
+    shutil.copytree(corpus / "shards", tmp_path / "shards")
+    config = tiny_recipe(tmp_path / "run")
+    config = replace(config, data=replace(config.data, shards=str(tmp_path / "shards")))
+    if fault == "damaged shard":
+        shard = next(path for path in (tmp_path / "shards" / "train").iterdir() if path.stat().st_size > 1000)
+        shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    else:
+        config = replace(config, model=replace(config.model, sequence_len=2**16), tokens_per_step=2**16)
+    with pytest.raises(ValueError, match="too little text" if fault == "too little text" else "damaged"):
+        fit.run(config)
+    assert not (tmp_path / "run").exists()
