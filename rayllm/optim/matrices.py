@@ -85,13 +85,10 @@ class MatrixShare:
         (stacks_WKMN, work), self._exchange = self._exchange, None
         if work is not None:
             work.wait()
-        others = [
-            (self._params[i], stacks_WKMN[rank, slot])
-            for rank, owned in enumerate(self._owned)
-            for slot, i in enumerate(owned)
-            if rank != self._workers.rank
-        ]
-        torch._foreach_copy_([param for param, _ in others], [sent for _, sent in others])
+        for rank, owned in enumerate(self._owned):
+            if rank != self._workers.rank and owned:
+                sent_KMN = stacks_WKMN[rank, : len(owned)]
+                torch._foreach_copy_([self._params[i] for i in owned], list(sent_KMN))
 
     def held(self) -> list[Tensor]:
         """All state that this worker keeps."""

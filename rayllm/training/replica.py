@@ -37,7 +37,7 @@ def replicate(model: GPT, runtime: Runtime) -> torch.nn.Module:
     """The replica to run forward and backward: gradients of several workers are averaged while backward still runs."""
     if runtime.world_size == 1:
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def _is_compiled(wanted: str, device: torch.device) -> bool:
