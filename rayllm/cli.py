@@ -166,14 +166,14 @@ def _answer_without_stage(arguments: list[str], stages: Sequence[Stage]) -> None
 
 
 def _run_stage(stage: Stage, arguments: list[str]) -> None:
+    from rayllm.config.load import ConfigError, load_config, split_arguments
+
     schema = _import(stage.schema)
     if "--help" in arguments or "-h" in arguments:
         from rayllm.config.help import render_stage_help
 
         print(render_stage_help(schema, stage.usage, width=_width(), color=_color()))
         return
-    from rayllm.config.load import ConfigError, load_config, split_arguments
-
     arguments = _spell_out(stage, arguments)
     is_dry = "--dry-run" in arguments
     positionals, flags = split_arguments([argument for argument in arguments if argument != "--dry-run"])

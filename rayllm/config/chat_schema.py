@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from annotated_types import Ge, Le
+from pydantic import Field
 
 from rayllm.config.schema import (
     NonNegativeInt,
@@ -35,7 +35,7 @@ class TaskConfig:
     """chat_jsonl: a file, looked up as given, then under RAYLLM_DATA_DIR."""
     num_examples: PositiveInt | None = None
     """Take only the first so many examples of the split; null: all there are."""
-    max_level: Annotated[int, Ge(1), Le(4)] = 2
+    max_level: Annotated[int, Field(ge=1, le=4)] = 2
     """word_problems: the hardest level; a problem of level n takes n steps."""
     seed: int = 0
     """word_problems: seed of the problems."""
@@ -213,7 +213,7 @@ class ServeConfig:
     """A checkpoint of the sft or rl stage, or a run directory (its newest checkpoint); path or URL."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 opens it to the network, which has no password."""
-    port: Annotated[int, Ge(1), Le(65535)] = 8000
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
     """Port to listen on."""
     model_name: str | None = None
     """Name that /v1/models tells; null: the name of the run directory."""

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 import re
-import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
@@ -67,10 +63,9 @@ def template_of(key: str) -> str:
 def _walk(defaults: Any, prefix: str = "") -> Iterator[ConfigField]:
     schema = type(defaults)
     annotations = get_type_hints(schema, include_extras=True)
-    docs = _docstrings_of(schema.__module__)[schema.__name__]
-    for name in (member.name for member in dataclasses.fields(schema)):
+    for name, described in schema.__pydantic_fields__.items():
         default = getattr(defaults, name)
-        field = ConfigField(prefix + name, annotations[name], default, docs.get(name, ""))
+        field = ConfigField(prefix + name, annotations[name], default, described.description or "")
         yield field
         if field.is_group_list:
             item = field.fresh_item
@@ -79,20 +74,6 @@ def _walk(defaults: Any, prefix: str = "") -> Iterator[ConfigField]:
             yield from _walk(item, prefix=f"{field.key}.0.")
         if field.is_group:
             yield from _walk(default, prefix=f"{field.key}.")
-
-
-@cache
-def _docstrings_of(module: str) -> dict[str, dict[str, str]]:
-    """The text under each field of each class of a module, as it stands in the source."""
-    tree = ast.parse(inspect.getsource(sys.modules[module]))
-    classes: dict[str, dict[str, str]] = {}
-    for schema in (node for node in tree.body if isinstance(node, ast.ClassDef)):
-        docs = classes[schema.name] = {}
-        for field, below in zip(schema.body, schema.body[1:], strict=False):
-            match field, below:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                    docs[name] = inspect.cleandoc(text)
-    return classes
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -149,8 +130,9 @@ def _describe_one(annotation: Any) -> str:
 
 def _describe_bounds(annotation: Any) -> str:
     bounds: dict[str, Any] = {}
-    for rule in get_args(annotation)[1:] if get_origin(annotation) is Annotated else ():
-        bounds |= {name: getattr(rule, name) for name in ("gt", "ge", "lt", "le", "pattern") if hasattr(rule, name)}
+    for constraint in get_args(annotation)[1:] if get_origin(annotation) is Annotated else ():
+        for rule in constraint.metadata:
+            bounds |= {name: getattr(rule, name) for name in ("gt", "ge", "lt", "le", "pattern") if hasattr(rule, name)}
     if "pattern" in bounds:
         return f" matching {bounds['pattern']}"
     if "ge" in bounds and "le" in bounds:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from rayllm.config.check import find_conflicts
 from rayllm.config.errors import ConfigError, shorten
@@ -309,8 +310,6 @@ def _assign(tree: Any, setting: _Setting) -> None:
 
 
 def _validate(schema: type[ConfigT], tree: dict[str, Any], given: Mapping[str, _Setting]) -> ConfigT:
-    from pydantic import TypeAdapter, ValidationError
-
     try:
         # JSON, because pydantic's strict mode takes lists for tuples and dicts for dataclasses only from there.
         return TypeAdapter(schema).validate_json(json.dumps(tree), strict=True)
