@@ -48,8 +48,8 @@ def split(place: Place) -> tuple[Place, str]:
         protocol, _, path = os.fspath(place).rstrip("/").partition("://")
         folder, _, name = path.rpartition("/")
         return (f"{protocol}://{folder}", name) if folder else (place, "")
-    folder_or_file = local_path(place)
-    return folder_or_file.parent, folder_or_file.name
+    local = local_path(place)
+    return local.parent, local.name
 
 
 def open_store(place: Place) -> CheckpointStore:
