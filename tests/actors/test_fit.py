@@ -115,6 +115,7 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tiny_recipe: Recipe, comm
     assert open_checkpoint(tmp_path / "run").step >= 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", ["driver", "worker"])
 def test_sigterm_saves_after_the_step_under_way_and_the_same_command_goes_on(
     uninterrupted, tiny_recipe: Recipe, commands, tmp_path: Path, victim: str
