@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -25,6 +27,16 @@ HANG_LIMIT_S = 240.0
 
 def losses(out: Path) -> dict[int, float]:
     return {r["step"]: r["train/loss"] for r in read_metrics(out / "metrics.jsonl") if "train/loss" in r}
+
+
+def wait_for_step(command: Any, out: Path, step: int) -> None:
+    """Until the run in `out` has recorded `step`."""
+    command.wait_for(out / "metrics.jsonl")
+    deadline = time.monotonic() + HANG_LIMIT_S
+    while max((r["step"] for r in read_metrics(out / "metrics.jsonl")), default=0) < step:
+        assert command.process.poll() is None, f"ended early:\n{command.process.communicate()[0]}"
+        assert time.monotonic() < deadline, f"waited {HANG_LIMIT_S} s for step {step}"
+        time.sleep(0.01)
 
 
 def weights(out: Path) -> dict[str, bytes]:
@@ -100,6 +112,35 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tiny_recipe: Recipe, comm
     assert "Traceback" not in "\n".join(ours)
     command.wait_until_gone()
     assert open_checkpoint(tmp_path / "run").step >= 8
+
+
+@pytest.mark.parametrize("victim", ["driver", "worker"])
+def test_sigterm_saves_after_the_step_under_way_and_the_same_command_goes_on(
+    uninterrupted, tiny_recipe: Recipe, commands, tmp_path: Path, victim: str
+) -> None:
+    _, expected = uninterrupted
+    run = tmp_path / "run"
+    config = tiny_recipe(run, save_every=None, eval_every=None)
+    command = commands("pretrain", config)
+    wait_for_step(command, run, 2)
+    before = read_metrics(run / "metrics.jsonl")[-1]["step"]
+    (pid,) = command.processes("RayTrainWorker") if victim == "worker" else [command.process.pid]
+    os.kill(pid, signal.SIGTERM)
+    output, _ = command.process.communicate(timeout=HANG_LIMIT_S)
+    assert command.process.returncode == 0, output
+    saved = open_checkpoint(run).step
+    assert before <= saved < 20
+    assert (
+        f"pretrain: stopped by SIGTERM after step {saved} of 20, checkpoint saved; the same command goes on" in output
+    )
+    assert ("saving a checkpoint after this step" in output) == (victim == "driver")
+    command.wait_until_gone()
+
+    again = commands("pretrain", config)
+    output, _ = again.process.communicate(timeout=HANG_LIMIT_S)
+    assert again.process.returncode == 0 and f"after step {saved} of 20" in output, output
+    assert weights(run) == weights(expected)
+    assert losses(run) == losses(expected)
 
 
 @pytest.mark.slow
