@@ -120,7 +120,8 @@ import sys
 from ray.cluster_utils import Cluster
 
 cluster = Cluster(initialize_head=True, head_node_args={
-    "num_cpus": 1, "include_dashboard": False, "dashboard_agent_listen_port": int(sys.argv[1])
+    "num_cpus": 1, "include_dashboard": False,
+    "dashboard_port": int(sys.argv[1]), "dashboard_agent_listen_port": int(sys.argv[2]),
 })
 node = cluster.add_node(num_cpus=1)
 print("address", cluster.address, flush=True)
@@ -136,11 +137,11 @@ class Nodes:
     """A cluster of two nodes of one core on this machine, held by a process of its own."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            port = probe.getsockname()[1]
+        with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as other:
+            ports = [str(probe.getsockname()[1]) for probe in (one, other)]
         self._log = (folder / "nodes.log").open("w+", encoding="utf-8")
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _NODES, str(port)],
+            [sys.executable, "-c", _NODES, *ports],
             env={**os.environ, "RAY_TMPDIR": str(folder)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
