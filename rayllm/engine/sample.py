@@ -30,9 +30,10 @@ def continue_text(
     start = Prompt(prompt, (tokenizer.bos_id, *tokenizer.encode(prompt)))
     room = model.config.max_positions - len(start.token_ids)
     if sampling.max_tokens > room:
+        cure = f"write --sampling.max_tokens={room} or less" if room > 0 else "shorten the text"
         raise ValueError(
-            f"sampling.max_tokens={sampling.max_tokens} is more than the {room} positions that the model has behind "
-            f"the {len(start.token_ids)} tokens of {prompt[:40]!r}; write --sampling.max_tokens={max(room, 1)} or less"
+            f"{prompt[:40]!r} of {len(start.token_ids)} tokens and sampling.max_tokens={sampling.max_tokens} are more "
+            f"than the {model.config.max_positions} positions this model has: {cure}"
         )
     engine = Engine(model, tokenizer, num_slots=num_samples, max_len=len(start.token_ids) + sampling.max_tokens)
     (completions,) = engine.generate([start], sampling, num_samples=num_samples)

@@ -30,7 +30,7 @@ Outcome = dict[str, Any]
 
 def build_model(dtype: torch.dtype) -> GPT:
     """Tables of 128 rows, which three workers cannot share evenly; shapes of one, two and five matrices."""
-    model = GPT(GPTConfig(sequence_len=16, vocab_size=120, num_layers=2, num_heads=2, num_kv_heads=1, d_model=32))
+    model = GPT(GPTConfig(sequence_len=16, vocab_size=120, num_layers=3, num_heads=2, num_kv_heads=1, d_model=32))
     model.init_weights(0)
     model.to(dtype)
     with torch.no_grad():
