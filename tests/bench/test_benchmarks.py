@@ -12,12 +12,13 @@ import pytest
 
 BENCH = Path(__file__).parent
 ENGINE_KEYS = {f"{name}.d{depth}" for name in ("speedup", "speedup_same_dtype", "limit_share") for depth in (4, 8)}
+TRAIN_KEYS = {f"{name}.d2" for name in ("speedup", "speedup_same_dtype", "limit_share", "memory_ratio")}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "keys"), [("bench_engine.py", ENGINE_KEYS)])
+@pytest.mark.parametrize(("script", "keys"), [("bench_engine.py", ENGINE_KEYS), ("bench_train.py", TRAIN_KEYS)])
 def test_the_last_line_is_the_result(script: str, keys: set[str]) -> None:
-    if not (Path(os.environ.get("RAYLLM_DATA_DIR", "")) / "gsm8k").is_dir():
+    if script == "bench_engine.py" and not (Path(os.environ.get("RAYLLM_DATA_DIR", "")) / "gsm8k").is_dir():
         pytest.skip("RAYLLM_DATA_DIR has no gsm8k, whose prompts and lengths this benchmark is made of")
     done = subprocess.run(
         [sys.executable, str(BENCH / script), "--quick"], capture_output=True, text=True, timeout=600, check=False
