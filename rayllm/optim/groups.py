@@ -13,6 +13,10 @@ from rayllm.optim.optimizer import MuonAdamW
 
 REFERENCE_D_MODEL = 768
 SMEAR_AND_BACKOUT_LR = 0.2
+SCALARS_NOISE = 1e-7
+"""Gradients of scalars below this are rounding, and taken for zero. A fresh model's are of that kind: while its
+projections are zero, scaling the residual stream changes nothing. AdamW would turn 1e-9 into whole steps of random
+sign, and from the second step on no two runs would be alike."""
 
 
 def build_optimizer(
@@ -36,7 +40,9 @@ def build_optimizer(
     scalar_lr = config.scalar_lr * lr_multiplier
     decay = config.weight_decay if matrix_weight_decay is None else matrix_weight_decay
 
-    def adamw(name: str, lr: float, betas: tuple[float, float], weight_decay: float, *prefixes: str) -> dict[str, Any]:
+    def adamw(
+        name: str, lr: float, betas: tuple[float, float], weight_decay: float, *prefixes: str, noise: float = 0.0
+    ) -> dict[str, Any]:
         named = {n: p for n, p in model.named_parameters() if n.startswith(prefixes)}
         return {
             "kind": "adamw",
@@ -46,6 +52,7 @@ def build_optimizer(
             "lr": lr,
             "betas": betas,
             "eps": 1e-10,
+            "noise": noise,
             "weight_decay": weight_decay,
         }
 
@@ -53,9 +60,9 @@ def build_optimizer(
         adamw("lm_head", unembedding_lr, (0.8, 0.96), 0.01, "lm_head"),
         adamw("wte", embedding_lr, (0.8, 0.995), 0.001, "transformer.wte"),
         adamw("value_embeds", embedding_lr * 0.5, (0.8, 0.995), 0.01, "value_embeds"),
-        adamw("resid_lambdas", scalar_lr * 0.01, (0.8, 0.95), 0.05, "resid_lambdas"),
-        adamw("x0_lambdas", scalar_lr, (0.96, 0.95), 0.0, "x0_lambdas"),
-        adamw("smear and backout", SMEAR_AND_BACKOUT_LR, (0.8, 0.95), 0.0, "smear_", "backout_"),
+        adamw("resid_lambdas", scalar_lr * 0.01, (0.8, 0.95), 0.05, "resid_lambdas", noise=SCALARS_NOISE),
+        adamw("x0_lambdas", scalar_lr, (0.96, 0.95), 0.0, "x0_lambdas", noise=SCALARS_NOISE),
+        adamw("smear and backout", SMEAR_AND_BACKOUT_LR, (0.8, 0.95), 0.0, "smear_", "backout_", noise=SCALARS_NOISE),
     ]
     by_shape: dict[torch.Size, dict[str, torch.nn.Parameter]] = defaultdict(dict)
     for name, param in model.named_parameters():

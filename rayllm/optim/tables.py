@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from rayllm.optim.adamw import adamw_update_
@@ -32,8 +33,12 @@ class _Piece:
     def view(self) -> Tensor:
         return self.param[self.rows]
 
-    def grad(self) -> Tensor:
-        return torch.zeros_like(self.view()) if self.param.grad is None else self.param.grad[self.rows]
+    def grad(self, noise: float) -> Tensor:
+        """Its gradient; zero where there is none, and where it is below `noise`."""
+        if self.param.grad is None:
+            return torch.zeros_like(self.view())
+        grad = self.param.grad[self.rows]
+        return F.hardshrink(grad, noise) if noise else grad
 
 
 class TableShare:
@@ -65,7 +70,7 @@ class TableShare:
         """Update this worker's rows, in place."""
         adamw_update_(
             [p.view() for p in self._pieces],
-            [p.grad() for p in self._pieces],
+            [p.grad(self.group["noise"]) for p in self._pieces],
             *([p.buffers[key] for p in self._pieces] for key in (*MOMENTS, "num_steps")),
             **{key: self.group[key] for key in ("lr", "betas", "eps", "weight_decay")},
             signal=signal,

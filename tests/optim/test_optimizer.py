@@ -87,7 +87,8 @@ def test_adamw_matches_torch() -> None:
     start = torch.randn(6, 4, generator=generator, dtype=torch.float64)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     settings = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-10, "weight_decay": 0.1}
-    optimizer = MuonAdamW([{"kind": "adamw", "name": "table", "names": ["w"], "params": [ours], **settings}])
+    group = {"kind": "adamw", "name": "table", "names": ["w"], "params": [ours], "noise": 0.0, **settings}
+    optimizer = MuonAdamW([group])
     reference = torch.optim.AdamW([theirs], **settings)
     for _ in range(5):
         ours.grad = torch.randn(6, 4, generator=generator, dtype=torch.float64)
@@ -121,6 +122,25 @@ def test_a_step_without_signal_changes_nothing(gradient) -> None:
     optimizer.step()
     after = {**model.state_dict(), **optimizer.named_state()}
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_rounding_steps_no_scalar_of_a_fresh_model() -> None:
+    """Its residual scalars have a gradient of zero; which rounding makes of it depends on how the batch is split."""
+    model = tiny_gpt()
+    scalars = ("resid_lambdas", "x0_lambdas", "backout_lambda")
+    before = {name: dict(model.named_parameters())[name].detach().clone() for name in scalars}
+    optimizer = build_optimizer(model, OptimConfig())
+    decay = next(g for g in optimizer.param_groups if g["name"] == "resid_lambdas")
+    decay["weight_decay"] = 0.0
+    tokens_BT = torch.randint(64, (8, 16), generator=torch.Generator().manual_seed(0))
+    model(tokens_BT, tokens_BT.roll(-1, 1)).backward()
+    noise = dict(model.named_parameters())["x0_lambdas"].grad
+    assert noise.abs().max() > 0, "it is rounding, not zero"
+    optimizer.step()
+    for name in scalars:
+        torch.testing.assert_close(dict(model.named_parameters())[name].detach(), before[name], rtol=0, atol=0)
+    train_step(model, optimizer, seed=1)
+    assert not torch.equal(model.x0_lambdas, before["x0_lambdas"]), "from then on they learn"
 
 
 def test_zero_matrices_among_others_stay_finite() -> None:
