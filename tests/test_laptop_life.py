@@ -27,6 +27,8 @@ def laptop(schema: type[ConfigT], flags: Sequence[str]) -> ConfigT:
     return load_config(schema, "laptop", list(flags))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("ray_session")
 def test_real_text_becomes_a_model(
     real_text_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -86,6 +86,7 @@ def test_a_finished_run_is_not_run_again(uninterrupted, capsys: pytest.CaptureFi
     assert weights(out) == before and len(read_metrics(out / "metrics.jsonl")) == num_records
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_weights(uninterrupted, tiny_recipe: Recipe, commands, tmp_path: Path) -> None:
     """SIGKILL at an unknown moment after the first checkpoint; the same command again ends bit for bit alike."""
     _, expected = uninterrupted

@@ -30,6 +30,7 @@ from rayllm.text.tokenizer import Tokenizer
 from rayllm.training.pretrain import run_worker
 
 NUM_STEPS = 200
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 Curve = Callable[..., np.ndarray]
 
 
@@ -100,7 +101,6 @@ def spread(curve: Curve) -> float:
     return distance(curve("reference"), curve("other seed", seed=1))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
     [
@@ -119,7 +119,6 @@ def test_the_curve_is_that_of_one_eager_worker(curve: Curve, variant: dict, requ
     assert distance(ours, reference) < 0.1 * spread(curve)
 
 
-@pytest.mark.slow
 def test_bfloat16_stays_within_the_spread_of_seeds(curve: Curve) -> None:
     ours = curve("bfloat16", dtype="bfloat16")
     assert distance(ours, curve("reference")) < spread(curve)
