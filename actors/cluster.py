@@ -17,12 +17,14 @@ import ray
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import GetTimeoutError, RayActorError
 
-# Ray's own settings, unless the user has set them: answers in a quarter of a second, fewer lines of noise, and
-# no word home from a laptop. They are read when Ray's processes start.
+# Ray's own settings, unless the user has set them: answers in a quarter of a second, fewer lines of noise, no word
+# home from a laptop, and workers as urgent as any program, which beside one busy other would else hardly start.
+# They are read when Ray's processes start.
 _ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 

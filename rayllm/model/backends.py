@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rayllm.model.segments import QUERIES_PER_PIECE, Segments
+from rayllm.model.segments import QUERIES_PER_PIECE, Segments, take_rows
 
 BackendName = Literal["flash4", "flash3", "flash2", "flex", "sdpa"]
 
@@ -61,10 +61,14 @@ def attend_with_sdpa(
 def _attend_to_pieces(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, batches: list, place_N: Tensor) -> Tensor:
     q_NHE, k_NKE, v_NKE = (x.flatten(0, 1) for x in (q_BTHE, k_BTKE, v_BTKE))
     attended = [
-        _sdpa(q_NHE[b.query_idx_RQ], k_NKE[b.key_idx_RS], v_NKE[b.key_idx_RS], b.is_seen_R1QS).flatten(0, 1)
+        _sdpa(
+            take_rows(q_NHE, b.query_idx_RQ),
+            *(take_rows(x_NKE, b.key_idx_RS) for x_NKE in (k_NKE, v_NKE)),
+            b.is_seen_R1QS,
+        ).flatten(0, 1)
         for b in batches
     ]
-    return torch.cat(attended)[place_N].view_as(q_BTHE)
+    return take_rows(torch.cat(attended), place_N).view_as(q_BTHE)
 
 
 def _sdpa(q_BQHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, is_seen: Tensor | None) -> Tensor:
@@ -145,8 +149,8 @@ class FlashAttention:
         options |= {"max_seqlen_q": lengths.max_queries, "max_seqlen_k": lengths.max_keys}
         known = inspect.signature(self.for_lengths).parameters  # the newest finds the longest by itself
         options = {name: value for name, value in options.items() if name in known}
-        keys = lengths.key_idx_S
-        return _attended(self.for_lengths(q_NHE, k_NKE[keys], v_NKE[keys], **options)).view_as(q_BTHE)
+        k_SKE, v_SKE = (take_rows(x_NKE, lengths.key_idx_S) for x_NKE in (k_NKE, v_NKE))
+        return _attended(self.for_lengths(q_NHE, k_SKE, v_SKE, **options)).view_as(q_BTHE)
 
 
 def _attended(result: Any) -> Tensor:

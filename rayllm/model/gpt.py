@@ -23,7 +23,7 @@ from rayllm.model.backends import Attend, attend_with_sdpa
 from rayllm.model.config import POSITIONS_PER_ROW, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 from rayllm.model.head import capped_logits, log_probs, summed_nll
 from rayllm.model.kv_cache import CacheView
-from rayllm.model.segments import Segments
+from rayllm.model.segments import Segments, take_rows
 
 IGNORE_INDEX = -1
 ROPE_BASE = 100_000.0
@@ -203,7 +203,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x_BTD)
         targets_N, target_idx_N = find_targets(targets) if targets.dim() == 2 else (targets, target_idx_N)
-        x_ND = x_BTD.flatten(0, 1) if target_idx_N is None else x_BTD.flatten(0, 1)[target_idx_N]
+        x_ND = x_BTD.flatten(0, 1) if target_idx_N is None else take_rows(x_BTD.flatten(0, 1), target_idx_N)
         head = (self.lm_head.weight, targets_N, self.config.vocab_size)
         if reduction != "none":
             total = summed_nll(x_ND, *head, weights_N)
@@ -272,7 +272,7 @@ class GPT(nn.Module):
     def _smear(self, x_BTD: Tensor, cache: CacheView | None, segments: Segments | None) -> Tensor:
         """Mix a gated share of the token before into each token; a sequence's first token has none before it."""
         if segments is not None:
-            before_BTD = x_BTD.flatten(0, 1)[segments.before_N.clamp(min=0)].view_as(x_BTD)
+            before_BTD = take_rows(x_BTD.flatten(0, 1), segments.before_N.clamp(min=0)).view_as(x_BTD)
             before_BTD = before_BTD.masked_fill((segments.before_N < 0).view(*x_BTD.shape[:2], 1), 0)
         elif cache is None:
             before_BTD = F.pad(x_BTD[:, :-1], (0, 0, 1, 0))

@@ -17,12 +17,20 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _Made = TypeVar("_Made")
 
 QUERIES_PER_PIECE = 128
 KEYS_PER_BUCKET = 64
+
+
+def take_rows(x_Nx: Tensor, row_idx: Tensor) -> Tensor:
+    """``x_Nx[row_idx]``, with a gradient that adds up in a fixed order, and faster than that of indexing: rows taken
+    more than once, as the keys of a prompt are, would else give other last bits from run to run."""
+    taken: Tensor = F.embedding(row_idx, x_Nx.flatten(1))
+    return taken.view(*row_idx.shape, *x_Nx.shape[1:])
 
 
 class Segment(NamedTuple):

@@ -97,6 +97,27 @@ def test_gradient_is_that_of_the_formula() -> None:
     assert_same(gradients(model), by_micro_batches(batch, 60))
 
 
+def test_a_gradient_repeats_to_the_last_bit() -> None:
+    """On a CPU, with several threads, though the keys and the last token of a prompt are taken by all its samples."""
+    model = GPT(GPTConfig(sequence_len=64, vocab_size=40, num_layers=2, num_heads=4, num_kv_heads=2, d_model=128))
+    model.init_weights(0)
+    model.blocks[0].attn.c_proj.weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    rollouts = tuple(rollout(40, float(i % 2), seed=i) for i in range(32))
+    batch = collate_groups([RolloutGroup(Prompt(f"p{p}", tuple(range(30))), rollouts) for p in range(2)])
+    micro_batch = micro_batches(batch, 10_000, "cpu")[0]
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        seen = []
+        for _ in range(12):
+            model.zero_grad()
+            summed_policy_loss(model, micro_batch).backward()
+            seen.append(gradients(model))
+    finally:
+        torch.set_num_threads(num_threads)
+    assert all(torch.equal(seen[0][name], again[name]) for again in seen[1:] for name in again)
+
+
 @pytest.mark.parametrize("tokens_per_micro_batch", [1, 30, 70, 150, 10_000])
 def test_any_split_into_micro_batches_gives_the_same_gradient(tokens_per_micro_batch) -> None:
     batch = collate_groups(groups())
