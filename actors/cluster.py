@@ -88,7 +88,7 @@ class Placement:
     """What each actor of a group gets. `num_threads` is torch's, 0 for torch's own choice."""
 
     num_cpus: float
-    num_gpus: int
+    num_gpus: float
     num_threads: int
 
     def decide(self, device: DeviceT) -> DeviceT | Literal["cuda", "cpu"]:
@@ -110,25 +110,51 @@ class ActorGroup:
 
 
 def place_in_turns(ray_cluster: Cluster, groups: Sequence[ActorGroup], timeout_s: float) -> list[Placement]:
-    """Resources of groups of actors that work one after the other; waits for a growing cluster to have them.
+    """Resources of groups of actors that work one after the other, on the same devices; waits for a growing cluster.
 
-    On GPUs each actor has one of its own. On CPUs each group computes with all cores in its turn, so that each claims
-    its share of them and runs as many threads as it can use.
+    On GPUs an actor of each group shares one. On CPUs each group computes with all cores in its turn, so that each
+    claims its share of them and runs as many threads as it can use.
     """
-    wants_gpu = [g.device != "cpu" for g in groups]
-    num_wanted = sum(g.num_actors for g, wants in zip(groups, wants_gpu, strict=True) if wants)
-    has_gpus = ray_cluster.count("GPU") >= num_wanted > 0
-    num_cores = ray_cluster.count("CPU")
+    # More than a half for the first: two of one group then never land on one GPU.
+    shares = (0.6, 0.4) if len(groups) == 2 else (1 / len(groups),) * len(groups)
+    num_gpus = max(g.num_actors for g in groups if g.device != "cpu") if any(g.device != "cpu" for g in groups) else 0
+    has_gpus = ray_cluster.count("GPU") >= num_gpus > 0
+    return _place(ray_cluster, groups, timeout_s, has_gpus, shares, takes_turns=True)
+
+
+def place_apart(ray_cluster: Cluster, groups: Sequence[ActorGroup], timeout_s: float) -> list[Placement]:
+    """Resources of groups of actors that work at the same time, each on devices of its own; waits for a growing
+    cluster. On CPUs the cores are shared out evenly among all actors, unless a group says how many it wants."""
+    has_gpus = has_gpus_for_all(ray_cluster, groups)
+    return _place(ray_cluster, groups, timeout_s, has_gpus, (1.0,) * len(groups), takes_turns=False)
+
+
+def has_gpus_for_all(ray_cluster: Cluster, groups: Sequence[ActorGroup]) -> bool:
+    """Whether there is a GPU for each actor that may have one."""
+    return ray_cluster.count("GPU") >= sum(g.num_actors for g in groups if g.device != "cpu") > 0
+
+
+def _place(
+    ray_cluster: Cluster,
+    groups: Sequence[ActorGroup],
+    timeout_s: float,
+    has_gpus: bool,
+    gpu_shares: Sequence[float],
+    *,
+    takes_turns: bool,
+) -> list[Placement]:
+    num_cores, num_actors = ray_cluster.count("CPU"), sum(g.num_actors for g in groups)
     placements = []
-    for group in groups:
+    for group, gpu_share in zip(groups, gpu_shares, strict=True):
         if group.device == "cuda" or (group.device == "auto" and has_gpus):
-            placements.append(Placement(float(group.num_cpus or 1), 1, 0))
+            placements.append(Placement(float(group.num_cpus or 1), gpu_share, 0))
             continue
-        claim = group.num_cpus or num_cores / len(groups) / group.num_actors
+        claim = group.num_cpus or num_cores / (len(groups) * group.num_actors if takes_turns else num_actors)
         claim = float(int(claim)) if claim >= 1 else int(claim * 100) / 100  # Ray takes fractions below 1 only
-        placements.append(Placement(claim, 0, group.num_cpus or max(1, num_cores // group.num_actors)))
+        num_threads = num_cores // group.num_actors if takes_turns else int(claim)
+        placements.append(Placement(claim, 0, group.num_cpus or max(1, num_threads)))
     bundles = [
-        {"CPU": p.num_cpus} | ({"GPU": float(p.num_gpus)} if p.num_gpus else {})
+        {"CPU": p.num_cpus} | ({"GPU": p.num_gpus} if p.num_gpus else {})
         for group, p in zip(groups, placements, strict=True)
         for _ in range(group.num_actors)
     ]

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from actors import cluster, evaluate, fit, rl, tokenize
-from rayllm.config.chat_schema import ChatEvalConfig, CorpusConfig, QuickstartConfig
+from rayllm.config.chat_schema import ChatEvalConfig
+from rayllm.config.quickstart_schema import CorpusConfig, QuickstartConfig
 from rayllm.runs import report
 from rayllm.runs.atomic import write_atomic, write_json
 from rayllm.runs.checkpoint import open_checkpoint

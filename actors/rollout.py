@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,11 +14,12 @@ import ray
 import torch
 
 from actors.cluster import Placement, wait_for
-from actors.weights import Packet, WeightsChannel, unpack
+from actors.weights import Packet, Transfer, WeightsChannel, unpack
 from rayllm.config.chat_schema import RolloutConfig, TaskConfig
 from rayllm.config.schema import SamplingConfig
 from rayllm.engine.calculator import calculate
 from rayllm.engine.engine import Engine
+from rayllm.engine.request import Request
 from rayllm.runs.load import load
 from rayllm.runtime import build_runtime
 from rayllm.text.chat import answer_text, render_for_completion
@@ -26,20 +29,27 @@ from tasks.build import build_task
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """`num_samples` answers to each of some examples of a task; `seed` and the example give the draws."""
+    """`num_samples` answers to each of some examples of a task. The draws follow from the seed, the example and the
+    sample; `seeds`, where given, has one for each example in place of the sampling's."""
 
     task: TaskConfig
     example_ids: tuple[int, ...]
     num_samples: int
     sampling: SamplingConfig
+    seeds: tuple[int, ...] | None = None
 
     def share(self, rank: int, world_size: int) -> SampleRequest:
         """Every `world_size`-th example, from `rank` on."""
-        return SampleRequest(self.task, self.example_ids[rank::world_size], self.num_samples, self.sampling)
+        seeds = None if self.seeds is None else self.seeds[rank::world_size]
+        return replace(self, example_ids=self.example_ids[rank::world_size], seeds=seeds)
 
 
 class RolloutWorker:
-    """Holds the model of a checkpoint in an engine and samples from it. A plain class: tests call it as it is."""
+    """Holds the model of a checkpoint in an engine and samples from it. A plain class: tests call it as it is.
+
+    As an actor it runs in one event loop: requests share the engine, each moves it on while it waits for its own
+    samples, and new weights enter between two of its steps.
+    """
 
     def __init__(self, checkpoint: str, config: RolloutConfig, weights_version: int = 0, num_threads: int = 0) -> None:
         if num_threads:
@@ -56,25 +66,47 @@ class RolloutWorker:
             repeats=True,
             weights_version=weights_version,
         )
+        self._dtype = str(runtime.dtype).removeprefix("torch.")
         self._drains = config.new_weights == "drain"
+        self._busy_s = 0.0
         self._tasks: dict[TaskConfig, Any] = {}
         self._told: set[str] = set()
 
-    def sample(self, request: SampleRequest) -> list[RolloutGroup]:
+    async def sample(self, request: SampleRequest) -> list[RolloutGroup]:
         """One group an example, in their order. A prompt that cannot be run gives a group of failed rollouts."""
         task = self._task(request.task)
         prompts = [self._prompt(request.task, task, example_id) for example_id in request.example_ids]
-        sampled = self.engine.generate(prompts, request.sampling, num_samples=request.num_samples)
+        seeds = request.seeds or [None] * len(prompts)
+        batch = self.engine.submit_all(
+            Request(prompt, request.sampling, request.num_samples, seed)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        )
+        try:
+            while not batch.is_done:
+                start = time.perf_counter()
+                self.engine.step()
+                self._busy_s += time.perf_counter() - start
+                await asyncio.sleep(0)  # others of the event loop have their turn
+        finally:
+            batch.cancel()  # what a caller who gave up leaves behind
         return [
             RolloutGroup(prompt, tuple(self._judge(task, example_id, completion) for completion in completions))
-            for example_id, prompt, completions in zip(request.example_ids, prompts, sampled, strict=True)
+            for example_id, prompt, completions in zip(request.example_ids, prompts, batch.completions(), strict=True)
         ]
 
-    def load_weights(self, packets: Sequence[Any]) -> WeightsVersion:
+    async def load_weights(self, packets: Sequence[Any]) -> WeightsVersion:
         """Take a published set of weights; returns its version. Raises ValueError when it is damaged or misfits."""
-        (packet,) = (p if isinstance(p, Packet) else ray.get(p) for p in packets)
+        (packet,) = [p if isinstance(p, Packet) else await p for p in packets]
         self.engine.load(unpack(packet), packet.version.number, drain=self._drains)
         return packet.version
+
+    async def describe(self) -> dict[str, str]:
+        """What the learners must know of this sampler."""
+        return {"dtype": self._dtype}
+
+    async def read_counters(self) -> dict[str, float]:
+        """Seconds that the engine was at work so far, and tool calls, their errors and time-outs."""
+        return {"busy_s": self._busy_s, **{f"tool_{name}": float(n) for name, n in self.engine.tool_counts.items()}}
 
     def _task(self, config: TaskConfig) -> Any:
         if config not in self._tasks:
@@ -106,7 +138,7 @@ class RolloutWorker:
 
 
 class RolloutPool:
-    """The rollout actors. Example j goes to actor j modulo their number, so that a step repeats exactly."""
+    """The rollout actors. Which of them samples what follows from the request alone, so that a step repeats exactly."""
 
     def __init__(
         self, checkpoint: str, config: RolloutConfig, placement: Placement, channel: WeightsChannel, version: int = 0
@@ -123,22 +155,58 @@ class RolloutPool:
         """What samples."""
         return RolloutActor
 
-    def sample(self, request: SampleRequest) -> list[RolloutGroup]:
-        """One group an example, in their order. Raises TimeoutError after `rollouts.timeout_s`."""
+    def start(self, request: SampleRequest) -> Sampling:
+        """Begin to sample; example j of the request is the part of actor j modulo their number."""
         n = len(self.actors)
         shares = [actor.sample.remote(request.share(rank, n)) for rank, actor in enumerate(self.actors)]
         what = f"sampling {len(request.example_ids)} prompts x {request.num_samples} by {n} rollout actors"
-        sampled = wait_for(shares, self._config.timeout_s, what)
-        return [sampled[j % n][j // n] for j in range(len(request.example_ids))]
+        return Sampling(shares, len(request.example_ids), self._config.timeout_s, what)
+
+    def sample(self, request: SampleRequest) -> list[RolloutGroup]:
+        """One group an example, in their order. Raises TimeoutError after `rollouts.timeout_s`."""
+        return self.start(request).wait()
+
+    def publish(self, source: Any, number: int) -> Transfer:
+        """Begin to bring the weights of an actor to all rollout actors."""
+        return self._channel.start(source, number, self.actors, self._config.timeout_s)
 
     def load(self, source: Any, number: int) -> WeightsVersion:
-        """Bring the weights of an actor to all rollout actors."""
-        return self._channel.broadcast(source, number, self.actors, self._config.timeout_s)
+        """Bring the weights of an actor to all rollout actors, and wait until they are there."""
+        return self.publish(source, number).wait()
+
+    def describe(self) -> Any:
+        """What the first actor says of itself, as a promise: all are alike."""
+        return self.actors[0].describe.remote()
+
+    def read_counters(self) -> dict[str, float]:
+        """Sums over the actors of what they counted so far."""
+        counters = wait_for(
+            [actor.read_counters.remote() for actor in self.actors], self._config.timeout_s, "reading counters"
+        )
+        return {name: sum(c[name] for c in counters) for name in counters[0]}
 
     def close(self) -> None:
         """Stop the actors."""
         for actor in self.actors:
             ray.kill(actor)
+
+
+class Sampling:
+    """A request that the pool is at work on."""
+
+    def __init__(self, shares: list[Any], num_examples: int, timeout_s: float, what: str) -> None:
+        self._shares, self.num_examples = shares, num_examples
+        self._timeout_s, self._what = timeout_s, what
+
+    def wait(self) -> list[RolloutGroup]:
+        """One group an example, in their order. Raises TimeoutError after `rollouts.timeout_s`."""
+        n, sampled = len(self._shares), wait_for(self._shares, self._timeout_s, self._what)
+        return [sampled[j % n][j // n] for j in range(self.num_examples)]
+
+    def cancel(self) -> None:
+        """Give it up."""
+        for share in self._shares:
+            ray.cancel(share)
 
 
 def load_task(config: TaskConfig) -> Any:

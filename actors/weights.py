@@ -48,6 +48,8 @@ def unpack(packet: Packet) -> dict[str, Tensor]:
 class WeightsChannel(Protocol):
     """Brings the weights of one actor to others."""
 
+    def start(self, source: Any, number: int, receivers: Sequence[Any], timeout_s: float) -> Any: ...
+
     def broadcast(self, source: Any, number: int, receivers: Sequence[Any], timeout_s: float) -> WeightsVersion:
         """`source.pack_weights(number)` to every receiver's `load_weights`; returns when all have them.
 
@@ -58,6 +60,18 @@ class WeightsChannel(Protocol):
 
 class ObjectStoreChannel:
     """Through Ray's object store: shared memory on one node, one transfer to each other node."""
+
+    def start(self, source: Any, number: int, receivers: Sequence[Any], timeout_s: float) -> Any:
+        channel = self
+
+        class Transfer:
+            def wait(self) -> WeightsVersion:
+                return channel.broadcast(source, number, receivers, timeout_s)
+
+            def metrics(self) -> dict[str, float]:
+                return {}
+
+        return Transfer()
 
     def broadcast(self, source: Any, number: int, receivers: Sequence[Any], timeout_s: float) -> WeightsVersion:
         packet = source.pack_weights.remote(number)
@@ -81,3 +95,10 @@ def _digest(arrays: Mapping[str, np.ndarray]) -> str:
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(arrays[name]).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def build_channel(kind: str) -> WeightsChannel:
+    return ObjectStoreChannel()
+
+
+Transfer = Any

@@ -10,8 +10,9 @@ from typing import TypeVar
 import pytest
 
 from actors import evaluate, fit, rl, tokenize
-from rayllm.config.chat_schema import ChatEvalConfig, RLConfig, SFTConfig
+from rayllm.config.chat_schema import ChatEvalConfig, SFTConfig
 from rayllm.config.load import load_config
+from rayllm.config.rl_schema import RLConfig
 from rayllm.config.schema import BaseEvalConfig, PretrainConfig, SampleConfig, TokenizeConfig, TokenizerConfig
 from rayllm.engine import sample
 from rayllm.evals import base

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 
 from actors import cluster, quickstart, rl
 from actors.rollout import RolloutPool, SampleRequest
-from rayllm.config.chat_schema import QuickstartConfig, RLConfig
 from rayllm.config.load import load_config
+from rayllm.config.quickstart_schema import QuickstartConfig
+from rayllm.config.rl_schema import RLConfig
 from rayllm.runs.checkpoint import open_checkpoint
 from rayllm.runs.run_dir import open_run
 from rayllm.runs.tracking import read_metrics

@@ -1,4 +1,4 @@
-"""The trees of the stages that come after a base model: SFT, RL, evaluation, chat, serving, and the life in one go."""
+"""The trees of the stages that come after a base model: SFT, evaluation, chat, serving, reports."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from rayllm.config.schema import (
-    NonNegativeInt,
     OptimConfig,
     PositiveFloat,
     PositiveInt,
-    PretrainConfig,
     SamplingConfig,
-    TokenizeConfig,
-    TokenizerConfig,
     TrackingConfig,
     WorkersConfig,
     frozen,
@@ -116,55 +112,6 @@ class RolloutConfig:
 
 
 @frozen
-class RLConfig:
-    """Teach a chat model by reinforcement: sample answers, judge them, make the better ones likelier."""
-
-    out: str = "runs/rl"
-    """Run directory; the same command again resumes it."""
-    checkpoint: str = "runs/sft"
-    """Model to start from: a checkpoint of the sft stage, or its run directory; path or URL."""
-    task: TaskConfig = TaskConfig()
-    """Problems to learn from."""
-    validation: TaskConfig = TaskConfig(split="validation", num_examples=256)
-    """Fixed problems held out, for pass@k as it runs."""
-    num_steps: PositiveInt = 400
-    """Optimizer steps."""
-    prompts_per_step: PositiveInt = 16
-    """Problems per step."""
-    num_samples: PositiveInt = 16
-    """Completions of each problem, which share one baseline: at least 2."""
-    max_tokens: PositiveInt = 256
-    """Longest completion, in tokens."""
-    tokens_per_micro_batch: PositiveInt = 16_384
-    """Tokens that one learner runs forward and backward at once, prompts counted once for their samples; any split
-    gives the same gradient."""
-    seed: int = 0
-    """Seed of the order of problems and of every draw."""
-    lr_fraction: PositiveFloat = 0.05
-    """Multiplies every learning rate of `optim`."""
-    optim: OptimConfig = OptimConfig(
-        embedding_lr=0.2, unembedding_lr=0.004, weight_decay=0, warmup_steps=0, warmdown_ratio=1, final_lr_fraction=0
-    )
-    """Learning rates and schedule; not scaled to the batch."""
-    rollouts: RolloutConfig = RolloutConfig()
-    """The actors that sample."""
-    learners: WorkersConfig = WorkersConfig()
-    """The actors that learn, data-parallel."""
-    eval_every: PositiveInt | None = 50
-    """Steps between validations (also before the first and after the last step); null: only those two."""
-    eval_samples: PositiveInt = 4
-    """Samples of each validation problem, at temperature 1; pass@k is told up to this k."""
-    save_every: PositiveInt | None = 50
-    """Steps between checkpoints (also after the last step); null: only after the last."""
-    keep_checkpoints: PositiveInt = 2
-    """How many of the newest checkpoints to keep."""
-    checkpoints: str | None = None
-    """Where checkpoints are kept: a folder, or a URL such as s3://bucket/run; null: in the run directory."""
-    tracking: TrackingConfig = TrackingConfig()
-    """Where metrics go."""
-
-
-@frozen
 class ChatEvalConfig:
     """pass@1 of a chat model on tasks with a verdict, with standard errors, and greedy accuracy beside it."""
 
@@ -239,40 +186,3 @@ class ReportConfig:
     """A run directory, or the folder that holds the run directories of one model (given as the first argument too)."""
     out: str | None = None
     """Directory for report.md and report.html; null: that of `run`."""
-
-
-@frozen
-class CorpusConfig:
-    """The built-in text: stories about the world that the word problems ask about, with no solution among them."""
-
-    num_documents: PositiveInt = 20_000
-    """Documents to write."""
-    seed: int = 0
-    """Seed of the text."""
-
-
-@frozen
-class QuickstartConfig:
-    """The whole life of a small model on built-in data: from text to a chat model taught by RL, in minutes.
-
-    The groups are the stages' own recipes; where each reads and writes is set below `out`.
-    """
-
-    out: str = "runs/quickstart"
-    """Folder of the stages' run directories."""
-    seed: NonNegativeInt = 0
-    """Added to every seed of every stage but those of the problems held out."""
-    corpus: CorpusConfig = CorpusConfig()
-    """The built-in text."""
-    tokenizer: TokenizerConfig = TokenizerConfig()
-    """Stage 1: the tokenizer."""
-    tokenize: TokenizeConfig = TokenizeConfig()
-    """Stage 2: token shards."""
-    pretrain: PretrainConfig = PretrainConfig()
-    """Stage 3: the base model."""
-    sft: SFTConfig = SFTConfig()
-    """Stage 4: the chat model."""
-    rl: RLConfig = RLConfig()
-    """Stage 5: the chat model taught by RL."""
-    chat_eval: ChatEvalConfig = ChatEvalConfig()
-    """Measured after sft and after rl, on the same problems."""

@@ -6,17 +6,10 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rayllm.config.chat_schema import (
-    ChatConfig,
-    ChatEvalConfig,
-    QuickstartConfig,
-    ReportConfig,
-    RLConfig,
-    ServeConfig,
-    SFTConfig,
-    TaskConfig,
-)
+from rayllm.config.chat_schema import ChatConfig, ChatEvalConfig, ReportConfig, ServeConfig, SFTConfig, TaskConfig
 from rayllm.config.errors import Conflict
+from rayllm.config.quickstart_schema import QuickstartConfig
+from rayllm.config.rl_schema import RLConfig
 from rayllm.config.schema import WorkersConfig
 
 _SPLITS = {"gsm8k": ("train", "validation", "test"), "chat_jsonl": ("train", "validation")}
@@ -137,6 +130,33 @@ def _rl(config: RLConfig) -> Iterator[Conflict]:
             f"num_samples={config.num_samples} leaves no baseline: a sample is judged against the others of its "
             "problem; write --num_samples=16, or at least 2",
         )
+    if config.top_p is not None and config.top_p > 1:
+        yield Conflict(
+            ("top_p",), f"top_p={config.top_p} is a share of probability; write --top_p=0.95, or leave it out"
+        )
+    if config.max_staleness > 0 and config.placement == "colocated":
+        yield Conflict(
+            ("max_staleness", "placement"),
+            f"max_staleness={config.max_staleness} samples while it learns, and placement=colocated takes turns; write "
+            "--placement=disaggregated, or --max_staleness=0",
+        )
+    if config.loss.overlong == "penalty" and config.loss.overlong_buffer > config.max_tokens:
+        yield Conflict(
+            ("loss.overlong_buffer", "max_tokens"),
+            f"loss.overlong_buffer={config.loss.overlong_buffer} is longer than any completion, max_tokens="
+            f"{config.max_tokens}; write --loss.overlong_buffer={max(1, config.max_tokens // 4)}",
+        )
+    if config.replay is not None:
+        for key, value, off in (
+            ("rollout_only", config.rollout_only, False),
+            ("max_staleness", config.max_staleness, 0),
+            ("sampling_budget", config.sampling_budget, 1),
+        ):
+            if value != off:
+                yield Conflict(
+                    ("replay", key),
+                    f"{key}={value} is about sampling, and replay={config.replay} samples nothing; leave one out",
+                )
     yield from _task("task", config.task, needs_verdict=True)
     yield from _task("validation", config.validation, needs_verdict=True)
     yield from _leak("validation", config.validation, "task", config.task)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rayllm.config.schema import SamplingConfig
 from rayllm.engine.prefixes import PrefixTable
-from rayllm.engine.request import Delta, Handle, Request
+from rayllm.engine.request import Batch, Delta, Handle, Request
 from rayllm.engine.runner import ModelRunner
 from rayllm.engine.sampling import Draws, draw_tokens, stable_seed
 from rayllm.engine.scheduler import Scheduler
@@ -99,6 +99,11 @@ class Engine:
     def is_idle(self) -> bool:
         return self._scheduler.is_idle
 
+    @property
+    def tool_counts(self) -> dict[str, int]:
+        """Calls so far whose outcome was looked at, and those that failed or took too long."""
+        return {} if self._tools is None else dict(self._tools.counts)
+
     def submit(self, request: Request) -> Handle:
         """Queue a request. Raises ValueError where it cannot be run; others are not touched."""
         request.check(self._vocab_size, self._max_len)
@@ -152,18 +157,20 @@ class Engine:
 
         Those of a prompt that cannot be run have failed, with the reason as their error.
         """
-        handles: list[Handle | str] = []
-        for prompt in prompts:
-            try:
-                handles.append(self.submit(Request(prompt, sampling, num_samples)))
-            except ValueError as error:
-                handles.append(str(error))
+        batch = self.submit_all([Request(prompt, sampling, num_samples) for prompt in prompts])
         while not self.is_idle:
             self.step()
-        return [
-            [Completion((), (), (), "failed", error=h)] * num_samples if isinstance(h, str) else h.completions()
-            for h in handles
-        ]
+        return batch.completions()
+
+    def submit_all(self, requests: Iterable[Request]) -> Batch:
+        """Queue requests together; those that cannot be run have failed."""
+        batch = Batch()
+        for request in requests:
+            try:
+                batch.add(self.submit(request))
+            except ValueError as error:
+                batch.add_failed(request, str(error))
+        return batch
 
     def load(self, state: Mapping[str, Tensor], version: int, *, drain: bool = False) -> None:
         """Replace the weights. What runs goes on under the new ones, from its tokens so far, computed anew; or, with

@@ -64,6 +64,35 @@ class Handle:
         return [sequence.completion() for sequence in self.sequences]
 
 
+class Batch:
+    """Requests under way together, those that could not be run among them."""
+
+    def __init__(self) -> None:
+        self._parts: list[Handle | list[Completion]] = []
+
+    def add(self, handle: Handle) -> None:
+        self._parts.append(handle)
+
+    def add_failed(self, request: Request, error: str) -> None:
+        """A request that was refused: all its samples have failed."""
+        self._parts.append([Completion((), (), (), "failed", error=error)] * request.num_samples)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all samples of all requests have ended."""
+        return all(part.is_done for part in self._parts if isinstance(part, Handle))
+
+    def cancel(self) -> None:
+        """End all where they stand."""
+        for part in self._parts:
+            if isinstance(part, Handle):
+                part.cancel()
+
+    def completions(self) -> list[list[Completion]]:
+        """The samples of each request, in order, once all have ended."""
+        return [part.completions() if isinstance(part, Handle) else part for part in self._parts]
+
+
 class Delta(NamedTuple):
     """What one step added to a sample: tokens (those a tool wrote are not `sampled`), or only an end."""
 

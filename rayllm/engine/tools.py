@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -54,6 +55,7 @@ class ToolRunner:
         self._tool, self._tokenizer, self._timeout_s = tool, tokenizer, timeout_s
         self._calls: queue.SimpleQueue[ToolCall | None] = queue.SimpleQueue()
         self._stuck: list[threading.Thread] = []
+        self.counts: Counter[str] = Counter(calls=0, errors=0, timeouts=0)
         self._open_lane()
         weakref.finalize(self, self._calls.put, None)
 
@@ -75,6 +77,7 @@ class ToolRunner:
             if not lane.is_open or lane.call is None or time.monotonic() - lane.since < self._timeout_s:
                 return
             lane.call.finish(f"error: no result within {self._timeout_s:g} s")
+            self.counts["timeouts"] += 1
             lane.is_open = False
         self._stuck.append(self._thread)
         if self._num_stuck() < MAX_STUCK:
@@ -91,6 +94,8 @@ class ToolRunner:
 
     def output_ids(self, call: ToolCall) -> list[int]:
         """What a finished call adds to its sequence: its output between output tokens, or nothing."""
+        self.counts["calls"] += 1
+        self.counts["errors"] += call.output is None or call.output.startswith("error:")
         if call.output is None:
             return []
         start, end = (self._tokenizer.special_id(name) for name in ("<|output_start|>", "<|output_end|>"))

@@ -63,7 +63,8 @@ def _attend_to_pieces(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, batches: l
     attended = [
         _sdpa(
             take_rows(q_NHE, b.query_idx_RQ),
-            *(take_rows(x_NKE, b.key_idx_RS) for x_NKE in (k_NKE, v_NKE)),
+            take_rows(k_NKE, b.key_idx_RS),
+            take_rows(v_NKE, b.key_idx_RS),
             b.is_seen_R1QS,
         ).flatten(0, 1)
         for b in batches

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rayllm.model.backends import Attend, attend_with_sdpa
 from rayllm.model.config import POSITIONS_PER_ROW, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
-from rayllm.model.head import capped_logits, log_probs, summed_nll
+from rayllm.model.head import Cut, TokenLoss, capped_logits, log_probs, summed_loss
 from rayllm.model.kv_cache import CacheView
 from rayllm.model.segments import Segments, take_rows
 
@@ -189,14 +189,16 @@ class GPT(nn.Module):
         *,
         segments: Segments | None = None,
         target_idx_N: Tensor | None = None,
-        weights_N: Tensor | None = None,
+        token_loss: TokenLoss | None = None,
+        cut: Cut | None = None,
     ) -> Tensor:
         """Logits (B, T, V) in at least float32; with targets their negative log-likelihood in nats.
 
         Targets (B, T) of -1 are ignored; `reduction="none"` keeps the shape, 0 where ignored. Targets (N,) are those of
         the positions `target_idx_N` among all B T, which may repeat (None: of all in order), and are not searched for
-        -1. `weights_N`, constants, weigh a sum of N. With a cache the tokens continue what it holds; with segments the
-        rows hold sequences that do not see each other. Raises ValueError for a sequence longer than the rotary tables.
+        -1. `token_loss` is summed in place of the likelihood, `cut` says what the targets were drawn from (see `head`).
+        With a cache the tokens continue what it holds; with segments the rows hold sequences that do not see each
+        other. Raises ValueError for a sequence longer than the rotary tables.
         """
         hidden = self.hidden if cache is not None or self._compiled_hidden is None else self._compiled_hidden
         x_BTD = hidden(tokens_BT, cache, segments)
@@ -206,7 +208,7 @@ class GPT(nn.Module):
         x_ND = x_BTD.flatten(0, 1) if target_idx_N is None else take_rows(x_BTD.flatten(0, 1), target_idx_N)
         head = (self.lm_head.weight, targets_N, self.config.vocab_size)
         if reduction != "none":
-            total = summed_nll(x_ND, *head, weights_N)
+            total = summed_loss(x_ND, *head, token_loss, cut)
             return total / len(targets_N) if reduction == "mean" else total
         nll_N = -log_probs(x_ND, *head)[0]
         if targets.dim() == 2 and target_idx_N is not None:

@@ -1,4 +1,4 @@
-"""One learner's part of an RL step: REINFORCE with a group baseline, normalized over the tokens of the whole step.
+"""One learner's part of an RL step: policy gradients normalized over the tokens of the whole step, and Muon.
 
 Token-level normalization after DAPO (Yu et al. 2025, arXiv 2503.14476): every sampled token of the step weighs the
 same, whatever the length of its completion.
@@ -6,35 +6,52 @@ same, whatever the length of its completion.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from rayllm.config.schema import OptimConfig, WorkersConfig
+from rayllm.config.rl_schema import RLConfig
 from rayllm.model.gpt import GPT
 from rayllm.optim.groups import build_optimizer
-from rayllm.optim.schedule import Schedule
+from rayllm.optim.scaling import flops_per_token
+from rayllm.optim.schedule import PolicySchedule
 from rayllm.runs.checkpoint import Checkpoint
 from rayllm.runs.load import load_tokenizer, load_weights, model_config
 from rayllm.runs.writer import CheckpointWriter
 from rayllm.runtime import Runtime
 from rayllm.training.accumulate import accumulate_gradient
-from rayllm.training.loop import Metrics, grad_norm
+from rayllm.training.loop import Metrics
 from rayllm.training.policy_batch import PolicyMicroBatch, micro_batches
+from rayllm.training.policy_loss import PolicyLoss, TokenScores
+from rayllm.training.policy_stats import PolicyStats
 from rayllm.training.replica import prepare_model, replicate
 from rayllm.training.rollout_batch import TrainBatch
 
 
-def summed_policy_loss(model: torch.nn.Module, batch: PolicyMicroBatch) -> Tensor:
-    """-sum(logp * A) over the sampled tokens."""
+def summed_policy_loss(model: torch.nn.Module, loss: PolicyLoss) -> Tensor:
+    """The sum of the losses of a micro-batch's sampled tokens, not yet divided by their number."""
+    return _forward(model, loss.batch, loss)
+
+
+def score_tokens(model: torch.nn.Module, batch: PolicyMicroBatch) -> TokenScores:
+    """Log-probability and entropy of the sampled tokens under the distribution that they were drawn from, (M,) each."""
+    scores = TokenScores.for_batch(batch)
+    with torch.no_grad():
+        _forward(model, batch, scores)
+    return scores
+
+
+def _forward(model: torch.nn.Module, batch: PolicyMicroBatch, token_loss: PolicyLoss | TokenScores) -> Tensor:
     loss: Tensor = model(
         batch.tokens_1N,
         batch.targets_M,
         reduction="sum",
         segments=batch.segments,
         target_idx_N=batch.target_idx_M,
-        weights_N=batch.advantages_M,
+        token_loss=token_loss,
+        cut=batch.cut,
     )
     return loss
 
@@ -42,66 +59,115 @@ def summed_policy_loss(model: torch.nn.Module, batch: PolicyMicroBatch) -> Tenso
 class PolicyLearner:
     """A replica of the model, its optimizer, and their steps; one of the workers of `runtime`.
 
-    Starts from `checkpoint`, with its optimizer where that is a checkpoint of this run (`resumes`).
+    Starts from `checkpoint`, with its optimizer where that is a checkpoint of this run (`resumes`). `reference`, where
+    the loss has a term for it, is what the run started from. `corrects_all`: the sampler computes in another dtype.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        optim: OptimConfig,
-        schedule: Schedule,
-        workers: WorkersConfig,
+        config: RLConfig,
         runtime: Runtime,
         *,
-        tokens_per_micro_batch: int,
         resumes: bool,
+        reference: Checkpoint | None = None,
+        corrects_all: bool = False,
     ) -> None:
         self.model = GPT(model_config(checkpoint), compute_dtype=runtime.dtype)
-        load_weights(self.model, checkpoint)
-        self.model.to(runtime.device)
-        prepare_model(self.model, workers, runtime)
-        self._replica = replicate(self.model, runtime)
-        self._optimizer = build_optimizer(self.model, optim, rank=runtime.rank, world_size=runtime.world_size)
-        if resumes:
-            self._optimizer.load_named_state(checkpoint.load_optimizer_state() or {})
         self.tokenizer = load_tokenizer(checkpoint)
-        self._schedule, self._runtime = schedule, runtime
-        self._tokens_per_micro_batch = tokens_per_micro_batch
-        self._weight_decay = optim.weight_decay
+        self._config, self._runtime, self._corrects_all = config, runtime, corrects_all
+        self._schedule = PolicySchedule(config.num_steps, config.optim, config.lr_fraction)
+        self.model.to(runtime.device)
+        prepare_model(self.model, config.learners, runtime)
+        self._replica = replicate(self.model, runtime)
+        self._optimizer = build_optimizer(self.model, config.optim, rank=runtime.rank, world_size=runtime.world_size)
+        self._rate_share = 1.0
+        self.last_losses: list[PolicyLoss] = []
+        """Of this learner's micro-batches, in the newest step that had a signal."""
+        load_weights(self.model, checkpoint)
+        if resumes:
+            self._take_up(checkpoint)
+        self._reference: GPT | None = None
+        if config.loss.kl_coef > 0 and reference is not None:
+            self._reference = GPT(model_config(reference), compute_dtype=runtime.dtype)
+            load_weights(self._reference, reference)
+            self._reference.to(runtime.device).requires_grad_(False)
+            prepare_model(self._reference, config.learners, runtime)
+        self._flops_per_token = flops_per_token(self.model.config)
+        self._peak_flops_per_s = runtime.peak_flops_per_s() * runtime.world_size
 
     def step(self, batch: TrainBatch, step: int) -> Metrics:
-        """Take step number `step` (from 0), alike on every learner. A batch without signal changes nothing.
+        """Learn from batch number `step` (from 0), alike on every learner. A batch without signal changes nothing.
 
         Raises FloatingPointError when the gradient is no longer a number; the weights are then as before.
         """
         rates = self._schedule.at(step)
-        metrics = {"train/lr_multiplier": rates.lr_multiplier, "train/loss": 0.0, "train/grad_norm": 0.0}
+        metrics = {"train/lr_multiplier": rates.lr_multiplier * self._rate_share, "train/loss": 0.0}
+        metrics["train/grad_norm"] = 0.0
+        self.last_losses = []
         if not batch.groups:
             return metrics
-        rates.apply(self._optimizer, self._weight_decay)
-        share = self.accumulate(batch)
-        metrics["train/loss"] = float(self._runtime.sum_over_workers(share))
-        metrics["train/grad_norm"] = float(grad_norm(self.model))
-        if not torch.isfinite(torch.tensor(metrics["train/grad_norm"])):
-            raise FloatingPointError(f"the gradient is not finite at step {step + 1}: lower lr_fraction")
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return metrics
+        start_s = time.perf_counter()
+        rates.apply(self._optimizer, self._config.optim.weight_decay)
+        for group in self._optimizer.param_groups:
+            group["lr"] *= self._rate_share
+        losses = self.prepare(batch)
+        stats = PolicyStats(self._runtime)
+        for update in range(self._config.updates_per_batch):
+            share = self.accumulate(losses, batch.num_loss_tokens)
+            grad_norm = self._step_optimizer(step)
+            if update == 0:
+                metrics["train/loss"] = float(self._runtime.sum_over_workers(share))
+                metrics["train/grad_norm"] = grad_norm
+            stats.add(losses, is_first=update == 0)
+            for loss in losses:
+                loss.end_update()
+        self.last_losses = losses
+        metrics |= stats.measure()
+        metrics |= {f"train/update_rms/{name}": float(rms) for name, rms in self._optimizer.update_rms().items()}
+        return metrics | self._speed(losses, time.perf_counter() - start_s)
 
-    def accumulate(self, batch: TrainBatch) -> Tensor:
+    def prepare(self, batch: TrainBatch) -> list[PolicyLoss]:
+        """This learner's share of a batch, as the losses of its micro-batches."""
+        runtime, config = self._runtime, self._config
+        shares = micro_batches(
+            batch,
+            config.tokens_per_micro_batch,
+            runtime.device,
+            runtime.rank,
+            runtime.world_size,
+            temperature=config.temperature,
+        )
+        return [
+            PolicyLoss(
+                share,
+                config.loss,
+                self._corrects_all,
+                None if self._reference is None else score_tokens(self._reference, share).logp_M,
+            )
+            for share in shares
+        ]
+
+    def accumulate(self, losses: Sequence[PolicyLoss], num_loss_tokens: int) -> Tensor:
         """The gradient of a batch, added up over all learners; returns this one's share of the loss."""
-        runtime = self._runtime
         return accumulate_gradient(
             self._replica,
-            micro_batches(batch, self._tokens_per_micro_batch, runtime.device, runtime.rank, runtime.world_size),
+            losses,
             summed_policy_loss,
-            num_loss_tokens=batch.num_loss_tokens,
-            world_size=runtime.world_size,
+            num_loss_tokens=num_loss_tokens,
+            world_size=self._runtime.world_size,
         )
 
-    def save(self, writer: CheckpointWriter, step: int, metrics: Mapping[str, float]) -> None:
-        """Begin to write a checkpoint of `step` steps done; called on every learner, as the first one writes what all
-        hold."""
+    def roll_back(self, checkpoint: Checkpoint) -> None:
+        """Be what a checkpoint of this run holds, and go on at half the rates of now."""
+        rate_share = self._rate_share
+        load_weights(self.model, checkpoint)
+        self._take_up(checkpoint)
+        self._rate_share = rate_share / 2
+
+    def save(self, writer: CheckpointWriter, step: int, metrics: Mapping[str, float], num_prompts: int) -> None:
+        """Begin to write a checkpoint of `step` steps done, that took `num_prompts` problems; called on every learner,
+        as the first one writes what all hold."""
         optimizer_state = self._optimizer.gather_named_state()
         if self._runtime.rank != 0:
             return
@@ -114,5 +180,27 @@ class PolicyLearner:
                 "model": self.model.config.to_dict(),
                 "tokenizer_fingerprint": self.tokenizer.fingerprint,
                 "metrics": dict(metrics),
+                "num_prompts": num_prompts,
+                "rate_share": self._rate_share,
             },
         )
+
+    def _take_up(self, checkpoint: Checkpoint) -> None:
+        self._optimizer.load_named_state(checkpoint.load_optimizer_state() or {})
+        self._rate_share = float(checkpoint.state.get("rate_share", 1.0))  # type: ignore[arg-type]
+
+    def _step_optimizer(self, step: int) -> float:
+        """Returns the norm of the gradient, which must be a number. A gradient of zero changes nothing."""
+        norms = torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        grad_norm = float(torch.stack(norms).norm())
+        if not torch.isfinite(torch.tensor(grad_norm)):
+            raise FloatingPointError(f"the gradient is not finite at step {step + 1}: lower lr_fraction")
+        self._optimizer.step(track_update_rms=True)
+        self._optimizer.zero_grad()
+        return grad_norm
+
+    def _speed(self, losses: Sequence[PolicyLoss], seconds: float) -> Metrics:
+        num_tokens = sum(loss.batch.tokens_1N.numel() for loss in losses) * self._config.updates_per_batch
+        (total,) = self._runtime.sum_on_host([num_tokens])
+        mfu = total / seconds * self._flops_per_token / self._peak_flops_per_s
+        return {"learn/tokens": total, "learn/tokens_per_s": total / seconds, "learn/mfu": mfu}

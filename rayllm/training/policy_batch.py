@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from rayllm.model.head import Cut
 from rayllm.model.segments import Segment, Segments
 from rayllm.training.rollout_batch import PolicyGroup, PolicySample, TrainBatch
 
 
 @dataclass(frozen=True)
 class PolicyMicroBatch:
-    """Tokens to run forward at once, and which tokens were sampled behind which of them, with their advantages.
+    """Tokens to run forward at once, and which tokens were sampled behind which of them, with their advantages, what
+    the sampler gave them, and whether its weights were other ones.
 
     The first tokens of a prompt's samples are all sampled behind its last token, so positions repeat.
     """
@@ -27,12 +31,25 @@ class PolicyMicroBatch:
     target_idx_M: Tensor
     targets_M: Tensor
     advantages_M: Tensor
+    sampler_logp_M: Tensor
+    is_stale_M: Tensor
+    cut: Cut | None
+    """What the targets were drawn from, where that is not the model's own distribution."""
+    address_M3: Tensor
+    """Index of its group in the batch, of its sample in the group, and of the token in the sample; on the CPU."""
 
 
 def micro_batches(
-    batch: TrainBatch, tokens_per_micro_batch: int, device: torch.device | str, rank: int = 0, world_size: int = 1
+    batch: TrainBatch,
+    tokens_per_micro_batch: int,
+    device: torch.device | str,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    temperature: float = 1.0,
 ) -> list[PolicyMicroBatch]:
-    """The share of one learner. Every learner gets about as many tokens, and as many micro-batches.
+    """The share of one learner, of samples drawn at a temperature. Every learner gets about as many tokens, and as many
+    micro-batches.
 
     A group is split, and its prompt repeated, only where it is larger than a micro-batch or a learner's share; a
     micro-batch exceeds the budget only by a single completion that does.
@@ -44,7 +61,7 @@ def micro_batches(
     bins = [_fill(share, tokens_per_micro_batch) for share in shares]
     own = bins[rank]
     idle = [_IDLE] * (max(map(len, bins)) - len(own))
-    return [_collate(groups, device) for groups in [*own, *idle]]
+    return [_collate(groups, device, temperature) for groups in [*own, *idle]]
 
 
 # A forward of one token, and no target: a learner without work of its own takes part in the others' reductions.
@@ -100,12 +117,10 @@ def _fill(units: Sequence[PolicyGroup], budget: int) -> list[Sequence[PolicyGrou
     return list(bins)
 
 
-def _collate(groups: Sequence[PolicyGroup], device: torch.device | str) -> PolicyMicroBatch:
+def _collate(groups: Sequence[PolicyGroup], device: torch.device | str, temperature: float) -> PolicyMicroBatch:
     tokens: list[int] = []
     segments: list[Segment] = []
-    target_idx: list[int] = []
-    targets: list[int] = []
-    advantages: list[float] = []
+    targets: list[_Target] = []
     for group in groups:
         prompt_start, prompt_len = len(tokens), len(group.prompt_ids)
         segments.append(Segment(prompt_start, prompt_len))
@@ -116,15 +131,54 @@ def _collate(groups: Sequence[PolicyGroup], device: torch.device | str) -> Polic
                 segments.append(Segment(start, num_inputs, prompt_start, prompt_len))
             tokens += sample.token_ids[:-1]
             behind = (prompt_start + prompt_len - 1, *range(start, start + num_inputs))
-            for at, token_id, is_sampled in zip(behind, sample.token_ids, sample.is_sampled, strict=False):
-                if is_sampled:
-                    target_idx.append(at)
-                    targets.append(token_id)
-                    advantages.append(sample.advantage)
+            targets += _targets(sample, behind, group.group_idx)
+    precise = torch.float32 if str(device) == "mps" else torch.float64
+
+    def column(key: str, dtype: torch.dtype) -> Tensor:
+        return torch.tensor([getattr(target, key) for target in targets], dtype=dtype).to(device)
+
     return PolicyMicroBatch(
-        torch.tensor([tokens]).to(device),
-        Segments(segments).to(device),
-        torch.tensor(target_idx, dtype=torch.int64).to(device),
-        torch.tensor(targets, dtype=torch.int64).to(device),
-        torch.tensor(advantages, dtype=torch.float64).to(device, torch.float32 if str(device) == "mps" else None),
+        tokens_1N=torch.tensor([tokens]).to(device),
+        segments=Segments(segments).to(device),
+        target_idx_M=column("behind", torch.int64),
+        targets_M=column("token_id", torch.int64),
+        advantages_M=column("advantage", precise),
+        sampler_logp_M=column("logp", precise),
+        is_stale_M=column("is_stale", torch.bool),
+        cut=_cut([target.kept_ids for target in targets], temperature, device),
+        address_M3=torch.tensor([target.address for target in targets], dtype=torch.int64).view(-1, 3),
     )
+
+
+class _Target(NamedTuple):
+    behind: int
+    token_id: int
+    advantage: float
+    logp: float
+    is_stale: bool
+    kept_ids: tuple[int, ...] | None
+    address: tuple[int, int, int]
+
+
+def _targets(sample: PolicySample, behind: Sequence[int], group_idx: int) -> Iterator[_Target]:
+    """The tokens that were drawn, each behind its place in the forward."""
+    for t, is_sampled in enumerate(sample.is_sampled):
+        if is_sampled:
+            yield _Target(
+                behind[t],
+                sample.token_ids[t],
+                sample.advantage,
+                sample.logprobs[t] if sample.logprobs else 0.0,
+                bool(sample.is_stale and sample.is_stale[t]),
+                None if sample.kept_ids is None else sample.kept_ids[t],
+                (group_idx, sample.sample_idx, t),
+            )
+
+
+def _cut(kept: Sequence[tuple[int, ...] | None], temperature: float, device: torch.device | str) -> Cut | None:
+    if any(ids is None for ids in kept) or not kept:
+        return None if temperature == 1 else Cut(temperature)
+    ids = [ids or () for ids in kept]
+    flat = torch.tensor([token_id for some in ids for token_id in some], dtype=torch.int64)
+    ends = torch.tensor(list(accumulate(map(len, ids))), dtype=torch.int64)
+    return Cut(temperature, flat.to(device), ends.to(device))

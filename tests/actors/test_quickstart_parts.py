@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from actors.quickstart import StageClock, place, render_end, render_scores, write_corpus
-from rayllm.config.chat_schema import CorpusConfig, QuickstartConfig
 from rayllm.config.load import load_config
+from rayllm.config.quickstart_schema import CorpusConfig, QuickstartConfig
 from rayllm.runs.progress import ProgressFollower
 
 

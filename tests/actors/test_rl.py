@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,10 +19,11 @@ from safetensors.torch import load_file
 from actors import cluster, rl
 from actors.cluster import Placement, wait_for
 from actors.learner import LearnerGroup
-from actors.rl import ProblemOrder
 from actors.rollout import RolloutPool, RolloutWorker, SampleRequest
+from actors.stream import ProblemOrder
 from actors.weights import ObjectStoreChannel, pack, unpack
-from rayllm.config.chat_schema import RLConfig, RolloutConfig, TaskConfig
+from rayllm.config.chat_schema import RolloutConfig, TaskConfig
+from rayllm.config.rl_schema import RLConfig
 from rayllm.config.schema import OptimConfig, SamplingConfig, WorkersConfig
 from rayllm.engine.request import Request
 from rayllm.model.config import GPTConfig
@@ -112,6 +114,8 @@ def recipe(start: Path) -> Recipe:
             "rollouts": RolloutConfig(num_actors=2, num_slots=16, device="cpu", timeout_s=120),
             "learners": WorkersConfig(device="cpu", dtype="float32", placement_timeout_s=120),
             "eval_every": 7,
+            "eval_samples": 4,
+            "test_at_end": False,
             "save_every": 1,
             "keep_checkpoints": 20,
         }
@@ -151,7 +155,7 @@ def test_rewards_go_up(taught: Path) -> None:
     assert rewards[0] < 0.6 and rewards[-1] > 0.8
     assert passed[-1] > passed[0] + 0.25
     assert all(loss != 0 for loss in metric(taught, "train/loss")[:2])
-    for key in ("train/sample_s", "train/learn_s", "train/publish_s", "val/pass@4_stderr", "val/greedy"):
+    for key in ("time/wait_for_rollouts_s", "time/learn_s", "time/publish_s", "val/pass@4_stderr", "val/greedy"):
         assert metric(taught, key), key
 
 
@@ -215,9 +219,9 @@ def test_an_actor_that_dies_is_named_and_nothing_hangs(recipe: Recipe, start: Pa
 def test_a_worker_samples_by_address_and_marks_what_failed(start: Path) -> None:
     worker = AsciiWorker(str(open_checkpoint(start).path), RolloutConfig(num_slots=4, device="cpu"))
     request = SampleRequest(TaskConfig(num_examples=40), (3, 13, 7), 2, SamplingConfig(max_tokens=6, seed=1))
-    groups = worker.sample(request)
-    assert worker.sample(request) == groups
-    shares = [worker.sample(request.share(rank, 2)) for rank in range(2)]
+    groups = asyncio.run(worker.sample(request))
+    assert asyncio.run(worker.sample(request)) == groups
+    shares = [asyncio.run(worker.sample(request.share(rank, 2))) for rank in range(2)]
     assert groups == [shares[0][0], shares[1][0], shares[0][1]]
     assert [r.reward for r in groups[1].rollouts] == [None, None]
     assert all(r.reward in (0.0, 1.0) for g in (groups[0], groups[2]) for r in g.rollouts)
@@ -227,7 +231,7 @@ def test_a_prompt_without_room_is_skipped_and_counted(tmp_path: Path, capsys: py
     short = save_untrained(tmp_path / "sft", sequence_len=60)  # byte tokens: some problems are longer, some are not
     worker = RolloutWorker(str(open_checkpoint(short).path), RolloutConfig(num_slots=4, device="cpu"))
     request = SampleRequest(TaskConfig(), tuple(range(12)), 2, SamplingConfig(max_tokens=3))
-    groups = worker.sample(request)
+    groups = asyncio.run(worker.sample(request))
     failed = [g for g in groups if all(r.reward is None for r in g.rollouts)]
     assert failed and all(len(g.prompt.token_ids) >= 60 for g in failed)
     assert all("leaves no room" in str(r.completion.error) for g in failed for r in g.rollouts)
@@ -243,13 +247,18 @@ def test_weights_that_are_no_numbers_fail_what_they_sample(start: Path, capsys: 
     worker = RolloutWorker(str(checkpoint.path), RolloutConfig(num_slots=4, num_prompts=2, device="cpu"))
     state = checkpoint.load_model_state()
     request = SampleRequest(TaskConfig(), (0, 1, 2), 2, SamplingConfig(max_tokens=3))
-    before = worker.sample(request)
-    assert worker.load_weights([pack({**state, "lm_head.weight": state["lm_head.weight"] * torch.nan}, 1)]).number == 1
-    rollouts = [rollout for group in worker.sample(request) for rollout in group.rollouts]
+    before = asyncio.run(worker.sample(request))
+    assert (
+        asyncio.run(
+            worker.load_weights([pack({**state, "lm_head.weight": state["lm_head.weight"] * torch.nan}, 1)])
+        ).number
+        == 1
+    )
+    rollouts = [rollout for group in asyncio.run(worker.sample(request)) for rollout in group.rollouts]
     assert [(r.completion.finish_reason, r.reward) for r in rollouts] == [("failed", None)] * 6
     assert capsys.readouterr().err.count("logits are not finite") == 1
-    worker.load_weights([pack(state, 0)])
-    assert worker.sample(request) == before
+    asyncio.run(worker.load_weights([pack(state, 0)]))
+    assert asyncio.run(worker.sample(request)) == before
 
 
 @pytest.mark.parametrize("new_weights", ["recompute", "drain"])
@@ -261,7 +270,7 @@ def test_what_runs_when_weights_change_does_as_the_recipe_says(start: Path, new_
     handle = worker.engine.submit(Request(prompt, SamplingConfig(max_tokens=6), num_samples=2))
     for _ in range(3):
         worker.engine.step()
-    worker.load_weights([pack(checkpoint.load_model_state(), 1)])
+    asyncio.run(worker.load_weights([pack(checkpoint.load_model_state(), 1)]))
     while not handle.is_done:
         worker.engine.step()
     first, second = (completion.weights_versions for completion in handle.completions())
@@ -287,13 +296,15 @@ def test_weights_travel_bit_for_bit_and_damage_is_found() -> None:
 
 
 def test_every_problem_comes_once_an_epoch_wherever_one_starts() -> None:
-    order = ProblemOrder(num_problems=10, per_step=4, seed=3)
-    taken = [i for step in range(5) for i in order.at(step)[0]]
-    assert sorted(taken[:10]) == sorted(taken[10:]) == list(range(10)) and taken[:10] != taken[10:]
-    assert ProblemOrder(10, 4, 3).at(4) == order.at(4) and order.at(4)[1] == 1
-    assert [i for step in range(5) for i in ProblemOrder(10, 4, 4).at(step)[0]] != taken
+    order = ProblemOrder(num_problems=10, seed=3)
+    taken = [order.at(n) for n in range(20)]
+    examples = [example_id for example_id, _ in taken]
+    assert sorted(examples[:10]) == sorted(examples[10:]) == list(range(10)) and examples[:10] != examples[10:]
+    assert [epoch for _, epoch in taken] == [0] * 10 + [1] * 10
+    assert ProblemOrder(10, 3).at(16) == taken[16]
+    assert [ProblemOrder(10, 4).at(n) for n in range(20)] != taken
     with pytest.raises(ValueError, match="no problem"):
-        ProblemOrder(0, 4, 0)
+        ProblemOrder(0, 4)
 
 
 def test_bad_input_is_said_before_ray_starts(recipe: Recipe, start: Path, tmp_path: Path) -> None:

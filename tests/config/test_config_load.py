@@ -8,17 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rayllm.config.chat_schema import (
-    ChatConfig,
-    ChatEvalConfig,
-    QuickstartConfig,
-    ReportConfig,
-    RLConfig,
-    ServeConfig,
-    SFTConfig,
-    TaskConfig,
-)
+from rayllm.config.chat_schema import ChatConfig, ChatEvalConfig, ReportConfig, ServeConfig, SFTConfig, TaskConfig
 from rayllm.config.load import ConfigError, load_config, split_arguments, to_dict, to_yaml
+from rayllm.config.quickstart_schema import QuickstartConfig
+from rayllm.config.rl_schema import RLConfig
 from rayllm.config.schema import (
     BaseEvalConfig,
     ImportNanochatConfig,

@@ -15,8 +15,9 @@ from rayllm.model.gpt import GPT
 from rayllm.optim.schedule import PolicySchedule
 from rayllm.training.accumulate import accumulate_gradient
 from rayllm.training.policy import summed_policy_loss
-from rayllm.training.policy_batch import micro_batches
-from rayllm.training.rollout_batch import TrainBatch, collate_groups
+from rayllm.training.policy_batch import PolicyMicroBatch, micro_batches
+from rayllm.training.policy_loss import PolicyLoss
+from rayllm.training.rollout_batch import REINFORCE, TrainBatch, collate_groups
 from rayllm.types import Completion, FinishReason, Prompt, Rollout, RolloutGroup
 
 Gradients = dict[str, torch.Tensor]
@@ -65,11 +66,15 @@ def assert_same(one: Gradients, other: Gradients) -> None:
         )
 
 
+def losses(batches: list[PolicyMicroBatch]) -> list[PolicyLoss]:
+    return [PolicyLoss(batch, REINFORCE) for batch in batches]
+
+
 def by_micro_batches(batch: TrainBatch, tokens_per_micro_batch: int) -> Gradients:
     model = build_model()
     accumulate_gradient(
         model,
-        micro_batches(batch, tokens_per_micro_batch, "cpu"),
+        losses(micro_batches(batch, tokens_per_micro_batch, "cpu")),
         summed_policy_loss,
         num_loss_tokens=batch.num_loss_tokens,
     )
@@ -111,7 +116,7 @@ def test_a_gradient_repeats_to_the_last_bit() -> None:
         seen = []
         for _ in range(12):
             model.zero_grad()
-            summed_policy_loss(model, micro_batch).backward()
+            summed_policy_loss(model, PolicyLoss(micro_batch, REINFORCE)).backward()
             seen.append(gradients(model))
     finally:
         torch.set_num_threads(num_threads)
@@ -131,7 +136,7 @@ def _learn_as_one_of(rank: int, world_size: int, rendezvous: str, out: str) -> N
     replica = torch.nn.parallel.DistributedDataParallel(model)
     accumulate_gradient(
         replica,
-        micro_batches(batch, 60, "cpu", rank, world_size),
+        losses(micro_batches(batch, 60, "cpu", rank, world_size)),
         summed_policy_loss,
         num_loss_tokens=batch.num_loss_tokens,
         world_size=world_size,
@@ -140,7 +145,7 @@ def _learn_as_one_of(rank: int, world_size: int, rendezvous: str, out: str) -> N
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_several_learners_give_the_gradients_of_one(tmp_path, world_size) -> None:
     mp.spawn(_learn_as_one_of, (world_size, str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=world_size)
     one = by_micro_batches(collate_groups(groups()), 60)
