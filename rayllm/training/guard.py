@@ -34,7 +34,7 @@ class CollapseGuard:
         if self.best is None or self.config.max_drop is None:
             return None
         score, stderr = validation[SCORE], max(validation[SCORE_STDERR], self.best[SCORE_STDERR])
-        if self.best[SCORE] - score <= self.config.max_drop * stderr:
+        if self.best[SCORE] - score <= self.config.max_drop * stderr:  # false where the score is no number
             return None
         return (
             f"validation pass@1 fell to {score:.1%} from {self.best[SCORE]:.1%}, more than {self.config.max_drop:g} "

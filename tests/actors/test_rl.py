@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,121 +15,25 @@ import ray
 import torch
 from safetensors.torch import load_file
 
-from actors import cluster, rl
+from actors import rl
 from actors.cluster import Placement, wait_for
 from actors.learner import LearnerGroup
-from actors.rollout import RolloutPool, RolloutWorker, SampleRequest
+from actors.rollout import RolloutWorker, SampleRequest
 from actors.stream import ProblemOrder
 from actors.weights import ObjectStoreChannel, pack, unpack
 from rayllm.config.chat_schema import RolloutConfig, TaskConfig
 from rayllm.config.rl_schema import RLConfig
-from rayllm.config.schema import OptimConfig, SamplingConfig, WorkersConfig
+from rayllm.config.schema import SamplingConfig
 from rayllm.engine.request import Request
-from rayllm.model.config import GPTConfig
-from rayllm.model.gpt import GPT
 from rayllm.runs.checkpoint import open_checkpoint, save_checkpoint
-from rayllm.runs.run_dir import open_run
 from rayllm.runs.tracking import read_metrics
 from rayllm.text.tokenizer import Tokenizer
 from rayllm.training.rollout_batch import collate_groups
 from rayllm.types import Prompt
 
-# Ray's workers cannot import test modules: what is defined here travels by value.
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-
 TOKENIZER = Tokenizer.byte_level()
 Recipe = Callable[..., RLConfig]
-
-
-class AsciiTask:
-    """Word problems, but what is right is an answer that begins with an ASCII character: an untrained model's even
-    chance. Problem 13 cannot be judged."""
-
-    name = "ascii"
-
-    def __init__(self, problems: Any) -> None:
-        self._problems = problems
-
-    def __len__(self) -> int:
-        return len(self._problems)
-
-    def conversation(self, example_idx: int) -> Any:
-        return self._problems.conversation(example_idx)
-
-    def evaluate(self, example_idx: int, answer: str) -> float:
-        if example_idx == 13:
-            raise KeyError("the judge has lost this one")
-        return float(answer[:1].isascii() and answer != "")
-
-
-class AsciiWorker(RolloutWorker):
-    def _task(self, config: TaskConfig) -> Any:
-        return AsciiTask(super()._task(config))
-
-
-class AsciiPool(RolloutPool):
-    @staticmethod
-    def actor_class() -> Any:
-        return ray.remote(AsciiWorker)
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run directory with an untrained chat model."""
-    return save_untrained(tmp_path_factory.mktemp("rl") / "sft", sequence_len=256)
-
-
-def save_untrained(run: Path, sequence_len: int) -> Path:
-    config = GPTConfig(
-        sequence_len, vocab_size=TOKENIZER.vocab_size, num_layers=2, num_heads=2, num_kv_heads=2, d_model=32
-    )
-    model = GPT(config)
-    model.init_weights(0)
-    save_checkpoint(
-        run / "checkpoints",
-        5,
-        model_state=model.state_dict(),
-        optimizer_state=None,
-        state={"stage": "sft", "model": config.to_dict(), "tokenizer_fingerprint": TOKENIZER.fingerprint},
-        tokenizer=TOKENIZER,
-        keep=1,
-    )
-    return run
-
-
-@pytest.fixture(scope="module")
-def recipe(start: Path) -> Recipe:
-    def build(out: Path, **changes: Any) -> RLConfig:
-        settings: dict[str, Any] = {
-            "checkpoint": str(start),
-            "task": TaskConfig(num_examples=40),
-            "validation": TaskConfig(split="validation", num_examples=12),
-            "num_steps": 14,
-            "prompts_per_step": 4,
-            "num_samples": 8,
-            "max_tokens": 6,
-            "lr_fraction": 1.0,
-            "optim": OptimConfig(warmup_steps=0, weight_decay=0),
-            "rollouts": RolloutConfig(num_actors=2, num_slots=16, device="cpu", timeout_s=120),
-            "learners": WorkersConfig(device="cpu", dtype="float32", placement_timeout_s=120),
-            "eval_every": 7,
-            "eval_samples": 4,
-            "test_at_end": False,
-            "save_every": 1,
-            "keep_checkpoints": 20,
-        }
-        return RLConfig(out=str(out), **{**settings, **changes})
-
-    return build
-
-
-def teach(config: RLConfig) -> dict[str, float]:
-    """`rl.run` with the judge of this module."""
-    checkpoint = open_checkpoint(Path(config.out) if Path(config.out, "checkpoints").exists() else config.checkpoint)
-    opened = open_run(config.out, stage="rl", config=config, plan={}, may_change=rl.RESUMABLE_CHANGES)
-    with opened as run_dir, cluster.connect() as ray_cluster:
-        resumes = run_dir.resumed
-        return rl.teach(config, run_dir, checkpoint, ray_cluster, resumes=resumes, pool_class=AsciiPool)
+Teach = Callable[..., dict[str, float]]
 
 
 def weights(out: Path, step: int) -> dict[str, bytes]:
@@ -143,7 +46,7 @@ def metric(out: Path, key: str) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def taught(recipe: Recipe, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def taught(recipe: Recipe, ray_session: None, tmp_path_factory: pytest.TempPathFactory, teach: Teach) -> Path:
     out = tmp_path_factory.mktemp("runs") / "rl"
     teach(recipe(out))
     return out
@@ -159,7 +62,7 @@ def test_rewards_go_up(taught: Path) -> None:
         assert metric(taught, key), key
 
 
-def test_a_resumed_run_is_the_same_run(taught: Path, recipe: Recipe, tmp_path: Path) -> None:
+def test_a_resumed_run_is_the_same_run(taught: Path, recipe: Recipe, tmp_path: Path, teach: Teach) -> None:
     """Killed between any two steps is: there is nothing of it after the last checkpoint."""
     for killed_after in (1, 9):
         again = tmp_path / f"killed_{killed_after}"
@@ -172,7 +75,7 @@ def test_a_resumed_run_is_the_same_run(taught: Path, recipe: Recipe, tmp_path: P
             assert metric(again, key) == metric(taught, key)
 
 
-def test_two_learners_learn_what_one_does(taught: Path, recipe: Recipe, tmp_path: Path) -> None:
+def test_two_learners_learn_what_one_does(taught: Path, recipe: Recipe, tmp_path: Path, teach: Teach) -> None:
     config = recipe(tmp_path / "two", tokens_per_micro_batch=40)
     teach(replace(config, learners=replace(config.learners, num_workers=2)))
     for key in ("train/loss", "train/grad_norm", "train/reward"):
@@ -180,11 +83,13 @@ def test_two_learners_learn_what_one_does(taught: Path, recipe: Recipe, tmp_path
     assert metric(tmp_path / "two", "train/reward")[1] == metric(taught, "train/reward")[1]
 
 
-def test_completions_carry_the_version_that_sampled_them(recipe: Recipe, start: Path, ray_session: None) -> None:
+def test_completions_carry_the_version_that_sampled_them(
+    recipe: Recipe, start: Path, ray_session: None, ascii_pool: Any
+) -> None:
     config, placement = recipe(Path("unused")), Placement(0, 0, 1)
     path = str(open_checkpoint(start).path)
     request = SampleRequest(config.task, (0, 1, 2), 8, SamplingConfig(max_tokens=6))
-    pool = AsciiPool(path, config.rollouts, placement, ObjectStoreChannel())
+    pool = ascii_pool(path, config.rollouts, placement, ObjectStoreChannel())
     group = LearnerGroup(config, placement, path, resumes=False)
     try:
         before = pool.sample(request)
@@ -201,9 +106,11 @@ def test_completions_carry_the_version_that_sampled_them(recipe: Recipe, start: 
     assert [g.rollouts for g in before] != [g.rollouts for g in after]
 
 
-def test_an_actor_that_dies_is_named_and_nothing_hangs(recipe: Recipe, start: Path, ray_session: None) -> None:
+def test_an_actor_that_dies_is_named_and_nothing_hangs(
+    recipe: Recipe, start: Path, ray_session: None, ascii_pool: Any
+) -> None:
     config, path = recipe(Path("unused")), str(open_checkpoint(start).path)
-    pool = AsciiPool(path, config.rollouts, Placement(0, 0, 1), ObjectStoreChannel())
+    pool = ascii_pool(path, config.rollouts, Placement(0, 0, 1), ObjectStoreChannel())
     request = SampleRequest(config.task, (0, 1), 2, SamplingConfig(max_tokens=3))
     try:
         pool.sample(request)
@@ -216,8 +123,8 @@ def test_an_actor_that_dies_is_named_and_nothing_hangs(recipe: Recipe, start: Pa
         pool.close()
 
 
-def test_a_worker_samples_by_address_and_marks_what_failed(start: Path) -> None:
-    worker = AsciiWorker(str(open_checkpoint(start).path), RolloutConfig(num_slots=4, device="cpu"))
+def test_a_worker_samples_by_address_and_marks_what_failed(start: Path, ascii_worker: Any) -> None:
+    worker = ascii_worker(str(open_checkpoint(start).path), RolloutConfig(num_slots=4, device="cpu"))
     request = SampleRequest(TaskConfig(num_examples=40), (3, 13, 7), 2, SamplingConfig(max_tokens=6, seed=1))
     groups = asyncio.run(worker.sample(request))
     assert asyncio.run(worker.sample(request)) == groups
@@ -227,8 +134,10 @@ def test_a_worker_samples_by_address_and_marks_what_failed(start: Path) -> None:
     assert all(r.reward in (0.0, 1.0) for g in (groups[0], groups[2]) for r in g.rollouts)
 
 
-def test_a_prompt_without_room_is_skipped_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    short = save_untrained(tmp_path / "sft", sequence_len=60)  # byte tokens: some problems are longer, some are not
+def test_a_prompt_without_room_is_skipped_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], untrained: Any
+) -> None:
+    short = untrained(tmp_path / "sft", 60)  # byte tokens: some problems are longer, some are not
     worker = RolloutWorker(str(open_checkpoint(short).path), RolloutConfig(num_slots=4, device="cpu"))
     request = SampleRequest(TaskConfig(), tuple(range(12)), 2, SamplingConfig(max_tokens=3))
     groups = asyncio.run(worker.sample(request))
