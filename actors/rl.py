@@ -126,6 +126,5 @@ def learn_from_rollouts(
         with journal.phase("learn"):
             batch = collate_groups(groups, config.loss, version=step, max_tokens=config.max_tokens)
             learned = learners.step(batch, step) if learners is not None else {}
-        if learners is not None:
-            source.publish(learners, number=step + 1)
+        source.publish(learners, number=step + 1)
         journal.record(step + 1, batch.metrics | taken | learned, groups)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import sys
 import time
@@ -124,7 +125,10 @@ class RolloutWorker:
             return Rollout(completion, None)
         text = answer_text(self.tokenizer, completion.token_ids, completion.sampled_mask)
         try:
-            return Rollout(completion, float(task.evaluate(example_id, text)))
+            reward = float(task.evaluate(example_id, text))
+            if not math.isfinite(reward):
+                raise ValueError(f"the reward is {reward}")
+            return Rollout(completion, reward)
         except Exception as error:  # noqa: BLE001 - a verdict that fails is no verdict, whatever a task raises
             kind = type(error).__name__
             self._tell_once(kind, f"{task.name} has no verdict on example {example_id}: {kind}: {error}")

@@ -48,7 +48,7 @@ class RolloutStream:
     def __init__(self, config: RLConfig, pool: RolloutPool, first_step: int, num_prompts: int) -> None:
         self._config, self._pool = config, pool
         self._problems = ProblemOrder(len(load_task(config.task)), config.seed)
-        self._version = first_step
+        self._version = self._published = first_step
         self._num_admitted = self.num_prompts = num_prompts
         self._pending: deque[Sampling] = deque()
         self._ready: deque[RolloutGroup] = deque()
@@ -73,15 +73,15 @@ class RolloutStream:
         return taken, {"train/num_groups": float(len(taken)), "train/num_replaced_groups": float(num_replaced)}
 
     def publish(self, learners: Any, number: int) -> None:
-        """Begin to bring weights number `number` to the pool."""
-        self._transfer = self._pool.publish(learners.source, number)
-        self._next_version = number
+        """Begin to bring weights number `number` to the pool; without learners they stay what they are."""
+        self._published = number
+        self._transfer = None if learners is None else self._pool.publish(learners.source, number)
 
     def settle(self) -> None:
         """Return once the pool has what was published; only then are further groups admitted for it."""
         if self._transfer is not None:
             self._transfer.wait()
-            self._transfer, self._version = None, self._next_version
+        self._transfer, self._version = None, self._published
 
     def restart(self) -> None:
         """Give up what was sampled ahead, by weights that nobody wants any more."""

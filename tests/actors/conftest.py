@@ -87,7 +87,8 @@ def tiny_recipe(corpus: Path) -> Callable[..., PretrainConfig]:
 
 class AsciiTask:
     """Word problems, but what is right is an answer that begins with an ASCII character: an untrained model's even
-    chance. Problem 13 cannot be judged."""
+    chance. Problem 13 cannot be judged, and the verdict on 14
+    is no number."""
 
     name = "ascii"
 
@@ -103,6 +104,8 @@ class AsciiTask:
     def evaluate(self, example_idx: int, answer: str) -> float:
         if example_idx == 13:
             raise KeyError("the judge has lost this one")
+        if example_idx == 14:
+            return float("nan")
         return float(answer[:1].isascii() and answer != "")
 
 

@@ -125,12 +125,12 @@ def test_an_actor_that_dies_is_named_and_nothing_hangs(
 
 def test_a_worker_samples_by_address_and_marks_what_failed(start: Path, ascii_worker: Any) -> None:
     worker = ascii_worker(str(open_checkpoint(start).path), RolloutConfig(num_slots=4, device="cpu"))
-    request = SampleRequest(TaskConfig(num_examples=40), (3, 13, 7), 2, SamplingConfig(max_tokens=6, seed=1))
+    request = SampleRequest(TaskConfig(num_examples=40), (3, 13, 7, 14), 2, SamplingConfig(max_tokens=6, seed=1))
     groups = asyncio.run(worker.sample(request))
     assert asyncio.run(worker.sample(request)) == groups
     shares = [asyncio.run(worker.sample(request.share(rank, 2))) for rank in range(2)]
-    assert groups == [shares[0][0], shares[1][0], shares[0][1]]
-    assert [r.reward for r in groups[1].rollouts] == [None, None]
+    assert groups == [shares[0][0], shares[1][0], shares[0][1], shares[1][1]]
+    assert [r.reward for j in (1, 3) for r in groups[j].rollouts] == [None] * 4
     assert all(r.reward in (0.0, 1.0) for g in (groups[0], groups[2]) for r in g.rollouts)
 
 
