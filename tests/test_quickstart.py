@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,16 +16,19 @@ import pytest
 from safetensors.torch import load_file
 
 from actors import cluster, quickstart, rl
-from actors.rollout import RolloutPool, SampleRequest
+from actors.rollout import RolloutPool, SampleRequest, Sampling
+from actors.weights import ObjectStoreChannel
 from rayllm.config.load import load_config
 from rayllm.config.quickstart_schema import QuickstartConfig
-from rayllm.config.rl_schema import RLConfig
+from rayllm.config.rl_schema import GuardConfig, RLConfig
 from rayllm.runs.checkpoint import open_checkpoint
 from rayllm.runs.run_dir import open_run
 from rayllm.runs.tracking import read_metrics
-from rayllm.types import RolloutGroup, WeightsVersion
+from rayllm.types import RolloutGroup
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+Gains = dict[tuple[int, int], tuple[float, float]]
 
 SMALLER = ("--pretrain.horizon.value=110", "--rl.num_steps=24", "--rl.eval_every=null", "--rl.save_every=null")
 
@@ -61,11 +65,47 @@ def teach(config: RLConfig, out: Path, **ports: Any) -> list[tuple[float, float]
     return validations(str(out))
 
 
-class SilentChannel:
+@pytest.fixture(scope="module")
+def gains(
+    small: QuickstartConfig, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[int, int], tuple[float, float]]:
+    """Gain of validation pass@1 and its standard error by (seed, max_staleness), from one chat model."""
+    home = tmp_path_factory.mktemp("seeds")
+    measured = {(small.rl.seed, 0): gain(validations(small.rl.out))}
+    for seed, max_staleness in ((11, 0), (12, 0), (11, 1), (12, 1)):
+        config = replace(small.rl, seed=seed, max_staleness=max_staleness)
+        measured[seed, max_staleness] = gain(teach(config, home / f"seed_{seed}_{max_staleness}"))
+    for (seed, max_staleness), (value, error) in measured.items():
+        print(f"seed {seed}, max_staleness {max_staleness}: {value:+.1%} +- {error:.1%}")
+    return measured
+
+
+def gain(scores: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    return scores[-1][0] - scores[0][0], math.hypot(scores[-1][1], scores[0][1])
+
+
+def test_every_seed_gains_on_policy_and_one_step_ahead(gains: Gains) -> None:
+    for run, (value, error) in gains.items():
+        assert value >= 0.10 and value - 1.96 * error > 0.05, (run, gains)
+    assert statistics.mean(value for value, _ in gains.values()) >= 0.20, gains
+
+
+def test_ten_times_the_rates_end_near_the_best(small: QuickstartConfig, tmp_path: Path) -> None:
+    """The guard goes back to the best weights where the policy has left them."""
+    config = replace(small.rl, lr_fraction=10 * small.rl.lr_fraction, eval_every=4, num_steps=16)
+    scores = teach(config, tmp_path / "fast")
+    ends_with = open_checkpoint(tmp_path / "fast").state["metrics"]
+    best, error = max(scores)
+    assert isinstance(ends_with, dict) and ends_with["val/pass@1"] >= best - 2 * error, scores
+    records = read_metrics(tmp_path / "fast" / "metrics.jsonl")
+    print("went back to", [r["guard/rolled_back_to"] for r in records if "guard/rolled_back_to" in r], scores)
+
+
+class SilentChannel(ObjectStoreChannel):
     """Brings no weights to anyone."""
 
-    def broadcast(self, source: Any, number: int, receivers: Sequence[Any], timeout_s: float) -> WeightsVersion:
-        return WeightsVersion(number, "none")
+    def start(self, source: Any, number: int, receivers: Sequence[Any], timeout_s: float) -> Any:
+        return super().start(source, number, [], timeout_s)
 
 
 def test_without_the_broadcast_there_is_no_gain(small: QuickstartConfig, tmp_path: Path) -> None:
@@ -73,15 +113,17 @@ def test_without_the_broadcast_there_is_no_gain(small: QuickstartConfig, tmp_pat
     assert last == first == validations(small.rl.out)[0]
 
 
-class ShuffledPool(RolloutPool):
-    """Gives the rewards of a step to other answers of the step."""
+class ShuffledSampling:
+    """Gives the rewards of a request to other answers of it."""
 
-    def sample(self, request: SampleRequest) -> list[RolloutGroup]:
-        groups = super().sample(request)
-        if request.task.split != "train":
-            return groups
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling, self.num_examples = sampling, sampling.num_examples
+        self.cancel = sampling.cancel
+
+    def wait(self) -> list[RolloutGroup]:
+        groups = self._sampling.wait()
         rewards = [rollout.reward for group in groups for rollout in group.rollouts]
-        random.Random(request.example_ids[0]).shuffle(rewards)
+        random.Random(groups[0].prompt.prompt_id).shuffle(rewards)
         drawn = iter(rewards)
         return [
             replace(group, rollouts=tuple(replace(rollout, reward=next(drawn)) for rollout in group.rollouts))
@@ -89,8 +131,15 @@ class ShuffledPool(RolloutPool):
         ]
 
 
+class ShuffledPool(RolloutPool):
+    def start(self, request: SampleRequest) -> Any:
+        sampling = super().start(request)
+        return ShuffledSampling(sampling) if request.task.split == "train" else sampling
+
+
 def test_with_shuffled_rewards_there_is_no_gain(small: QuickstartConfig, tmp_path: Path) -> None:
-    first, last = teach(small.rl, tmp_path / "shuffled", pool_class=ShuffledPool)
+    unguarded = replace(small.rl, guard=GuardConfig(max_drop=None))
+    first, last = teach(unguarded, tmp_path / "shuffled", pool_class=ShuffledPool)
     assert last[0] - first[0] < 0.05, (first, last)
 
 
