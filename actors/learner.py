@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from actors.cluster import Placement, wait_for
-from actors.weights import Packet, pack
+from actors.weights_roles import WeightsSender
 from rayllm.config.rl_schema import RLConfig
 from rayllm.runs.checkpoint import open_checkpoint
 from rayllm.runs.writer import CheckpointWriter
@@ -30,12 +30,13 @@ STEP_TIMEOUT_S = 1800.0
 CLOSE_TIMEOUT_S = 30.0
 
 
-class LearnerWorker:
+class LearnerWorker(WeightsSender):
     """Learner `rank` of the group; `start` makes it ready."""
 
     def __init__(self, config: RLConfig, rank: int, num_threads: int = 0) -> None:
         if num_threads:
             torch.set_num_threads(num_threads)
+        super().__init__(lambda: self.learner.model.state_dict())
         self._config, self._rank = config, rank
         self._writers: dict[str, CheckpointWriter] = {}
 
@@ -74,9 +75,6 @@ class LearnerWorker:
     def read_terms(self) -> dict[str, np.ndarray]:
         """What this learner made of each token of the newest step."""
         return collect_terms(self.learner.last_losses)
-
-    def pack_weights(self, number: int) -> Packet:
-        return pack(self.learner.model.state_dict(), number)
 
     def save(self, place: str, keep: int, step: int, metrics: Mapping[str, float], num_prompts: int) -> None:
         """Begin to write a checkpoint to the folder or URL, which keeps the newest `keep`."""

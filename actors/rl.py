@@ -18,7 +18,8 @@ from actors.learner import LearnerGroup
 from actors.ray_metrics import RayMetrics
 from actors.rollout import RolloutPool, load_task
 from actors.stream import GroupSource, RolloutStream, SavedGroups
-from actors.weights import WeightsChannel, build_channel
+from actors.weights import ObjectStoreChannel, WeightsChannel
+from actors.weights_group import ProcessGroupChannel
 from rayllm.config.load import to_dict
 from rayllm.config.rl_schema import RLConfig
 from rayllm.engine.reply import open_chat_checkpoint
@@ -35,6 +36,8 @@ RESUMABLE_CHANGES = (
     "learners", "rollouts", "placement", "weights", "tokens_per_micro_batch", "tracking", "eval_every", "save_every",
     "samples_every", "keep_checkpoints", "test_at_end", "guard",
 )  # fmt: skip
+
+CHANNELS: dict[str, type[WeightsChannel]] = {"object_store": ObjectStoreChannel, "process_group": ProcessGroupChannel}
 
 
 def run(config: RLConfig) -> None:
@@ -89,7 +92,7 @@ def teach(
         pool, learners = None, None
         if config.replay is None:
             pool = pool_class(
-                checkpoint.address, config.rollouts, for_pool, channel or build_channel(config.weights), first_step
+                checkpoint.address, config.rollouts, for_pool, channel or CHANNELS[config.weights](), first_step
             )
             stack.callback(pool.close)
         if not config.rollout_only:

@@ -7,7 +7,6 @@ import math
 import re
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +14,8 @@ import ray
 import torch
 
 from actors.cluster import Placement, wait_for
-from actors.weights import Packet, Transfer, WeightsChannel, unpack
+from actors.weights import Transfer, WeightsChannel
+from actors.weights_roles import WeightsReceiver
 from rayllm.config.chat_schema import RolloutConfig, TaskConfig
 from rayllm.config.schema import SamplingConfig
 from rayllm.engine.calculator import calculate
@@ -45,7 +45,7 @@ class SampleRequest:
         return replace(self, example_ids=self.example_ids[rank::world_size], seeds=seeds)
 
 
-class RolloutWorker:
+class RolloutWorker(WeightsReceiver):
     """Holds the model of a checkpoint in an engine and samples from it. A plain class: tests call it as it is.
 
     As an actor it runs in one event loop: requests share the engine, each moves it on while it waits for its own
@@ -68,7 +68,8 @@ class RolloutWorker:
             weights_version=weights_version,
         )
         self._dtype = str(runtime.dtype).removeprefix("torch.")
-        self._drains = config.new_weights == "drain"
+        drains = config.new_weights == "drain"
+        super().__init__(lambda state, number: self.engine.load(state, number, drain=drains), runtime.device)
         self._busy_s = 0.0
         self._tasks: dict[TaskConfig, Any] = {}
         self._told: set[str] = set()
@@ -94,12 +95,6 @@ class RolloutWorker:
             RolloutGroup(prompt, tuple(self._judge(task, example_id, completion) for completion in completions))
             for example_id, prompt, completions in zip(request.example_ids, prompts, batch.completions(), strict=True)
         ]
-
-    async def load_weights(self, packets: Sequence[Any]) -> WeightsVersion:
-        """Take a published set of weights; returns its version. Raises ValueError when it is damaged or misfits."""
-        (packet,) = [p if isinstance(p, Packet) else await p for p in packets]
-        self.engine.load(unpack(packet), packet.version.number, drain=self._drains)
-        return packet.version
 
     async def describe(self) -> dict[str, str]:
         """What the learners must know of this sampler."""
@@ -191,6 +186,7 @@ class RolloutPool:
 
     def close(self) -> None:
         """Stop the actors."""
+        self._channel.close()
         for actor in self.actors:
             ray.kill(actor)
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from actors.rollout import RolloutPool, SampleRequest, Sampling, load_task
+from actors.weights import Transfer
 from rayllm.config.rl_schema import RLConfig
 from rayllm.config.schema import SamplingConfig
 from rayllm.data.packing import shuffle
@@ -52,7 +53,9 @@ class RolloutStream:
         self._num_admitted = self.num_prompts = num_prompts
         self._pending: deque[Sampling] = deque()
         self._ready: deque[RolloutGroup] = deque()
-        self._transfer: Any = None
+        self._transfer: Transfer | None = None
+        self._arrival: Metrics = {}
+        """What the newest transfer of weights took."""
 
     def take(self, step: int) -> tuple[list[RolloutGroup], Metrics]:
         """As many groups as the recipe asks for, fewer where the budget is spent. Raises TimeoutError when sampling
@@ -70,7 +73,8 @@ class RolloutStream:
                 taken.append(group)
         self.num_prompts += num_seen
         self._admit(num_accepted=(step + 1) * per_step)
-        return taken, {"train/num_groups": float(len(taken)), "train/num_replaced_groups": float(num_replaced)}
+        counts = {"train/num_groups": float(len(taken)), "train/num_replaced_groups": float(num_replaced)}
+        return taken, counts | self._arrival
 
     def publish(self, learners: Any, number: int) -> None:
         """Begin to bring weights number `number` to the pool; without learners they stay what they are."""
@@ -81,6 +85,7 @@ class RolloutStream:
         """Return once the pool has what was published; only then are further groups admitted for it."""
         if self._transfer is not None:
             self._transfer.wait()
+            self._arrival = self._transfer.metrics()
         self._transfer, self._version = None, self._published
 
     def restart(self) -> None:
