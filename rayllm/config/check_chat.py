@@ -160,6 +160,12 @@ def _rl(config: RLConfig) -> Iterator[Conflict]:
     yield from _task("task", config.task, needs_verdict=True)
     yield from _task("validation", config.validation, needs_verdict=True)
     yield from _leak("validation", config.validation, "task", config.task)
+    if config.validation.split.startswith("test"):
+        yield Conflict(
+            ("validation.split",),
+            f"validation.split={config.validation.split} would choose weights by what they are tested on; write "
+            "--validation.split=validation, and the test part is tried once, at the end",
+        )
     yield from one_mps_worker("learners", config.learners)
 
 

@@ -6,6 +6,7 @@ same, whatever the length of its completion.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -115,10 +116,10 @@ class PolicyLearner:
         stats = PolicyStats(self._runtime)
         for update in range(self._config.updates_per_batch):
             share = self.accumulate(losses, batch.num_loss_tokens)
-            grad_norm = self._step_optimizer(step)
+            norms = self._step_optimizer(step)
             if update == 0:
                 metrics["train/loss"] = float(self._runtime.sum_over_workers(share))
-                metrics["train/grad_norm"] = grad_norm
+                metrics |= norms
             stats.add(losses, is_first=update == 0)
             for loss in losses:
                 loss.end_update()
@@ -189,15 +190,21 @@ class PolicyLearner:
         self._optimizer.load_named_state(checkpoint.load_optimizer_state() or {})
         self._rate_share = float(checkpoint.state.get("rate_share", 1.0))  # type: ignore[arg-type]
 
-    def _step_optimizer(self, step: int) -> float:
-        """Returns the norm of the gradient, which must be a number. A gradient of zero changes nothing."""
-        norms = torch._foreach_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        grad_norm = float(torch.stack(norms).norm())
-        if not torch.isfinite(torch.tensor(grad_norm)):
+    def _step_optimizer(self, step: int) -> Metrics:
+        """Returns the norms of the gradient, of all and of each group, which must be numbers. A gradient of zero
+        changes nothing."""
+        norms = {
+            group["name"]: torch.stack(torch._foreach_norm(grads)).norm()
+            for group in self._optimizer.param_groups
+            if (grads := [p.grad for p in group["params"] if p.grad is not None])
+        }
+        metrics = {f"train/grad_norm/{name}": float(norm) for name, norm in norms.items()}
+        metrics["train/grad_norm"] = math.hypot(*metrics.values())
+        if not math.isfinite(metrics["train/grad_norm"]):
             raise FloatingPointError(f"the gradient is not finite at step {step + 1}: lower lr_fraction")
         self._optimizer.step(track_update_rms=True)
         self._optimizer.zero_grad()
-        return grad_norm
+        return metrics
 
     def _speed(self, losses: Sequence[PolicyLoss], seconds: float) -> Metrics:
         num_tokens = sum(loss.batch.tokens_1N.numel() for loss in losses) * self._config.updates_per_batch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import urllib.request
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 import ray
 
+from actors.ray_metrics import RayMetrics
 from actors.rollout import SampleRequest
 from actors.stream import RolloutStream
 from rayllm.config.rl_schema import GuardConfig, RLConfig
@@ -158,7 +161,14 @@ def test_one_step_ahead_learns_as_well(recipe: Recipe, teach: Teach, tmp_path: P
     assert score["val/pass@1"] == passed[-1] > passed[0] + 0.25
     assert max(metric(out, "train/importance_max")) > 1, "what is stale is corrected"
     assert metric(out, "test/pass@4")
-    for key in ("train/mismatch_kl", "train/entropy", "learn/mfu", "rollout/tokens_per_s", "publish/ms"):
+    for key in (
+        "train/mismatch_kl",
+        "train/entropy",
+        "train/grad_norm/lm_head",
+        "learn/mfu",
+        "rollout/tokens_per_s",
+        "publish/ms",
+    ):
         assert metric(out, key), key
     idle = [metric(out, f"time/{who}_idle_share") for who in ("rollouts", "learners")]
     assert all(0 <= share <= 1 for shares in idle for share in shares)
@@ -205,3 +215,19 @@ def test_a_collapsed_policy_goes_back_to_its_best(
     assert "rates halved" in capfd.readouterr().err
     rates = metric(out, "train/lr_multiplier")
     assert rates[4] < 0.6 * rates[3], "half the rates from the fifth step on"
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_metrics_are_rays_own_too() -> None:
+    """Where Prometheus asks the node for them."""
+    sink = RayMetrics("tiny")
+    sink.log(7, {"val/pass@1": 0.25, "train/update_rms/matrices 64x16": 0.5})
+    (node,) = [node for node in ray.nodes() if node["Alive"]]
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    deadline = time.monotonic() + 60
+    while "ray_rayllm_val_pass_at_1" not in (text := urllib.request.urlopen(url, timeout=20).read().decode()):
+        assert time.monotonic() < deadline, "waited 60 s for a gauge on the node's metrics port"
+        time.sleep(0.5)
+    lines = [line for line in text.splitlines() if line.startswith("ray_rayllm_")]
+    assert any('run="tiny"' in line and line.endswith(" 0.25") for line in lines)
+    assert any(line.startswith("ray_rayllm_train_update_rms_matrices_64x16{") for line in lines)
