@@ -10,6 +10,8 @@ VE_GATE_CHANNELS = 12
 SMEAR_GATE_CHANNELS = 24
 # Positions the rotary tables cover, in rows: generation may go well beyond the training length, as windows are finite.
 POSITIONS_PER_ROW = 10
+MAX_SEQUENCE_LEN = 2**24
+"""Beyond it the rotary tables alone would take tens of gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class GPTConfig:
                 raise ValueError(f"impossible model: {rule}, got {self}")
 
         require(min(self.sequence_len, self.vocab_size, self.num_layers, self.num_heads) >= 1, "every size is positive")
+        require(self.sequence_len <= MAX_SEQUENCE_LEN, f"sequence_len is at most {MAX_SEQUENCE_LEN:,}")
         require(self.d_model % self.num_heads == 0, "num_heads must divide d_model")
         require(self.head_dim % 2 == 0, "head_dim (d_model / num_heads) must be even for rotary embeddings")
         require(

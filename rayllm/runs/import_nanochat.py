@@ -108,6 +108,11 @@ def read_weights(path: Path, config: GPTConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
         expected = {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
     check_tensor_shapes(weights, expected, path)
+    for name, weight in weights.items():
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"{path}: {name} has values that are no numbers: take a checkpoint from before it diverged"
+            )
     return weights
 
 

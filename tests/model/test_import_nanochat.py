@@ -136,6 +136,7 @@ def test_a_meta_file_that_is_none_is_named(source, content) -> None:
         ("window_pattern", "SX", "window_pattern is made of S and L"),
         ("n_kv_head", 3, "num_kv_heads must divide num_heads"),
         ("rope_base", 3, "must have the fields"),
+        ("sequence_len", 10**12, "sequence_len is at most 16,777,216"),
     ],
 )
 def test_an_impossible_model_config_is_named_with_its_file(source, field, value, reason) -> None:
@@ -188,6 +189,12 @@ def test_weights_of_another_shape_are_named(source) -> None:
     shape = GPTConfig(64, 379, 1, 2, 2, 48)
     write_checkpoint(source, shape, **{"lm_head.weight": torch.zeros(384, 47)})
     with pytest.raises(ValueError, match=r"lm_head\.weight"):
+        run_import(source)
+
+
+def test_weights_that_are_no_numbers_are_named(source) -> None:
+    write_checkpoint(source, GPTConfig(64, 379, 1, 2, 2, 48), **{"lm_head.weight": torch.full((384, 48), torch.nan)})
+    with pytest.raises(ValueError, match=r"lm_head\.weight has values that are no numbers"):
         run_import(source)
 
 
