@@ -194,6 +194,7 @@ def test_more_workers_than_the_machine_has_are_refused(ray_session: None, tiny_r
         fit.run(config)
 
 
+@pytest.mark.slow
 def test_tensorboard_and_wandb_at_once(ray_session: None, tiny_recipe: Recipe, tmp_path: Path) -> None:
     tracking = TrackingConfig(sinks=("tensorboard", "wandb"))
     fit.run(tiny_recipe(tmp_path / "run", num_steps=3, tracking=tracking))

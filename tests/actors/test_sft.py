@@ -95,6 +95,7 @@ def test_a_run_reads_its_mixture_once_and_leaves_what_one_needs(uninterrupted) -
     assert (checkpoint.step, checkpoint.state["stage"]) == (plan["num_steps"], "sft")
 
 
+@pytest.mark.slow
 def test_two_workers_match_one(uninterrupted, chat_recipe: Recipe, tmp_path: Path) -> None:
     _, one = uninterrupted
     fit.run_sft(chat_recipe(tmp_path / "two", num_workers=2))
