@@ -169,7 +169,8 @@ def _answer_without_stage(arguments: list[str], stages: Sequence[Stage]) -> None
 
 
 def _run_stage(stage: Stage, arguments: list[str]) -> None:
-    from rayllm.config.load import ConfigError, load_config, split_arguments
+    from rayllm.config.flags import list_switches, split_arguments
+    from rayllm.config.load import ConfigError, load_config
 
     schema = _import(stage.schema)
     if "--help" in arguments or "-h" in arguments:
@@ -179,7 +180,8 @@ def _run_stage(stage: Stage, arguments: list[str]) -> None:
         return
     arguments = _spell_out(stage, arguments)
     is_dry = "--dry-run" in arguments
-    positionals, flags = split_arguments([argument for argument in arguments if argument != "--dry-run"])
+    arguments = [argument for argument in arguments if argument != "--dry-run"]
+    positionals, flags = split_arguments(arguments, list_switches(schema))
     if len(positionals) > 1 or any(word.startswith("-") for word in positionals):
         wrong = next((word for word in positionals if word.startswith("-")), positionals[-1])
         raise ConfigError(f"{wrong}: not understood; usage: {stage.usage}")
@@ -226,7 +228,8 @@ def _render_help(stages: Sequence[Stage]) -> str:
     rows = [f"  {bold(stage.name.ljust(label_width))}{stage.purpose}" for stage in stages]
     about = textwrap.fill(
         "RECIPE is a YAML file, or the name of a packaged recipe such as laptop. A flag sets one key of the stage "
-        "(--model.head_dim=64) and wins over the recipe. --dry-run prints the resolved recipe and the plan, and exits.",
+        "(--model.head_dim=64, also --model.head-dim 64) and wins over the recipe; one for a key that is true or "
+        "false needs no value (--rollout-only). --dry-run prints the resolved recipe and the plan, and exits.",
         _width(),
         break_on_hyphens=False,
     )

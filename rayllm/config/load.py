@@ -30,10 +30,11 @@ from rayllm.config.fields import (
     list_fields,
     template_of,
 )
+from rayllm.config.flags import is_switch, key_of, list_switches, split_arguments
 from rayllm.config.recipes import find_recipe, recipe_stem
 from rayllm.config.yaml_text import compose, dump, is_plain, resolve_plain, scalar_value, source_of
 
-__all__ = ["ConfigError", "load_config", "split_arguments", "to_dict", "to_yaml"]
+__all__ = ["ConfigError", "load_config", "to_dict", "to_yaml"]
 
 ConfigT = TypeVar("ConfigT")
 
@@ -43,11 +44,12 @@ _SWITCHES = ("dry_run", "help")  # of the command itself; known here so that a m
 def load_config(schema: type[ConfigT], recipe: str | None = None, flags: Sequence[str] = ()) -> ConfigT:
     """Build the tree of one stage from its defaults, a recipe (path or name) and flags (``--a.b=c``, ``--a.b c``).
 
-    Of two flags for one key the last counts. Raises ConfigError.
+    Keys are written with ``_`` or ``-``; one that is true or false needs no value to be true. Of two flags for one key
+    the last counts. Raises ConfigError.
     """
     fields = list_fields(schema)
     settings = list(_recipe_settings(recipe, schema, fields)) if recipe is not None else []
-    positionals, joined = split_arguments(flags)
+    positionals, joined = split_arguments(flags, list_switches(schema))
     if positionals:
         raise ConfigError(f"{positionals[0]!r} is no flag; write --key=value")
     for flag in joined:
@@ -65,20 +67,6 @@ def load_config(schema: type[ConfigT], recipe: str | None = None, flags: Sequenc
         origins = [given[key].origin for key in conflict.keys if key in given]
         raise ConfigError(f"{' and '.join(origins) or 'defaults'}: {conflict.message}")
     return config
-
-
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Part positional arguments from flags, each flag joined to its value: ``--a.b c`` becomes ``--a.b=c``."""
-    positionals, flags, rest = [], [], list(arguments)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--"):
-            positionals.append(argument)
-        elif "=" in argument or not rest or rest[0].startswith("--"):
-            flags.append(argument)
-        else:
-            flags.append(f"{argument}={rest.pop(0)}")
-    return positionals, flags
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -218,11 +206,13 @@ def _settings(setting: _Setting, fields: Fields, path: str, flag: str) -> Iterat
 
 
 def _flag_settings(flag: str, fields: Fields) -> Iterator[_Setting]:
-    spelling, has_value, text = flag.removeprefix("--").partition("=")
-    key, origin = spelling.replace("-", "_"), shorten(flag)
+    _, has_value, text = flag.partition("=")
+    key, origin = key_of(flag), shorten(flag)
     field = find_field(fields, key)
     if field is None:
         raise _unknown_key(key, origin, fields, "", is_flag=True)
+    if not has_value and is_switch(field):
+        text = has_value = "true"
     if not has_value or not text:
         cure = f"write --{key}={shlex.quote(_example(field))}" + (" (or '\"\"' for an empty text)" if has_value else "")
         raise ConfigError(f"{origin}: {key}: got no value, expected {describe_type(field.annotation)}; {cure}")

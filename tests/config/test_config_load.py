@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rayllm.config.chat_schema import ChatConfig, ChatEvalConfig, ReportConfig, ServeConfig, SFTConfig, TaskConfig
-from rayllm.config.load import ConfigError, load_config, split_arguments, to_dict, to_yaml
+from rayllm.config.flags import list_switches, split_arguments
+from rayllm.config.load import ConfigError, load_config, to_dict, to_yaml
 from rayllm.config.quickstart_schema import QuickstartConfig
 from rayllm.config.rl_schema import RLConfig
 from rayllm.config.schema import (
@@ -387,6 +388,48 @@ def test_split_arguments() -> None:
     arguments = ["laptop", "--depth", "4", "--seed", "-1", "--out=a=b", "--last"]
     assert split_arguments(arguments) == (["laptop"], ["--depth=4", "--seed=-1", "--out=a=b", "--last"])
     assert split_arguments(["--a", "--b", "c"]) == ([], ["--a", "--b=c"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "rollout_only", "replay"),
+    [
+        (["--rollout-only"], True, None),
+        (["--rollout_only", "--seed=3"], True, None),
+        (["--rollout-only", "false"], False, None),
+        (["--rollout-only=false", "--rollout-only", "true"], True, None),
+        (["--replay", "some-file.jsonl.gz"], False, "some-file.jsonl.gz"),
+        (["--replay=runs/a-b"], False, "runs/a-b"),
+    ],
+)
+def test_flags_as_people_write_them(flags: list[str], rollout_only: bool, replay: str | None) -> None:
+    config = load_config(RLConfig, None, flags)
+    assert (config.rollout_only, config.replay) == (rollout_only, replay)
+
+
+def test_a_flag_that_stands_alone_takes_no_recipe_for_its_value() -> None:
+    switches = list_switches(RLConfig)
+    assert {"rollout_only", "test_at_end"} <= switches and not {"replay", "seed", "loss"} & switches
+    assert split_arguments(["--rollout-only", "laptop", "--seed", "3"], switches) == (
+        ["laptop"], ["--rollout-only", "--seed=3"],
+    )  # fmt: skip
+    assert split_arguments(["--rollout-only", "yes"], switches) == ([], ["--rollout-only=yes"])
+    assert load_config(QuickstartConfig, None, ["--sft.isolate=false", "--sft.isolate"]).sft.isolate
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--rollout-only", "yes"), "--rollout-only=yes: rollout_only: got yes, expected true or false; write for "
+         "example --rollout_only=false"),
+        (("--rollout-only=",), "--rollout-only=: rollout_only: got no value, expected true or false; write "
+         "--rollout_only=false (or '\"\"' for an empty text)"),
+        (("--rollout-onyl",), "--rollout-onyl: unknown key rollout_onyl; did you mean --rollout_only?"),
+        (("--rollout-only", "--replay=f"), "--replay=f and --rollout-only: rollout_only=True is about sampling, and "
+         "replay=f samples nothing; leave one out"),
+    ],
+)  # fmt: skip
+def test_errors_of_flags_that_stand_alone(flags: tuple[str, ...], message: str) -> None:
+    assert error_of(RLConfig, None, flags) == message
 
 
 # Combinations
