@@ -60,7 +60,8 @@ def _chat_schema(name: str) -> str:
     return f"rayllm.config.chat_schema:{name}"
 
 
-_RL_SCHEMA, _QUICKSTART_SCHEMA = "rayllm.config.rl_schema:RLConfig", "rayllm.config.quickstart_schema:QuickstartConfig"
+def _rl_schema(name: str) -> str:
+    return f"rayllm.config.rl_schema:{name}"
 
 
 STAGES = (
@@ -88,7 +89,14 @@ STAGES = (
     Stage("sample", "continue a text with any checkpoint", _schema("SampleConfig"), run="rayllm.engine.sample:run"),
     Stage("base-eval", "measure a base model: bits per byte", _schema("BaseEvalConfig"), run="rayllm.evals.base:run"),
     Stage("sft", "teach a base model to chat", _chat_schema("SFTConfig"), run="actors.fit:run_sft"),
-    Stage("rl", "teach a chat model by reinforcement", _RL_SCHEMA, run="actors.rl:run"),
+    Stage("rl", "teach a chat model by reinforcement", _rl_schema("RLConfig"), run="actors.rl:run"),
+    Stage(
+        "explain",
+        "show one group of an RL step, token by token",
+        _rl_schema("ExplainConfig"),
+        run="rayllm.training.explain:run",
+        argument="run",
+    ),
     Stage("chat-eval", "test a chat model: pass@1 of tasks", _chat_schema("ChatEvalConfig"), run="actors.evaluate:run"),
     Stage(
         "chat",
@@ -108,7 +116,7 @@ STAGES = (
     Stage(
         "quickstart",
         "the whole life of a small model, in minutes",
-        _QUICKSTART_SCHEMA,
+        "rayllm.config.quickstart_schema:QuickstartConfig",
         run="actors.quickstart:run",
         recipe="quickstart",
     ),

@@ -9,7 +9,7 @@ from typing import Any
 from rayllm.config.chat_schema import ChatConfig, ChatEvalConfig, ReportConfig, ServeConfig, SFTConfig, TaskConfig
 from rayllm.config.errors import Conflict
 from rayllm.config.quickstart_schema import QuickstartConfig
-from rayllm.config.rl_schema import RLConfig
+from rayllm.config.rl_schema import ExplainConfig, RLConfig
 from rayllm.config.schema import WorkersConfig
 
 _SPLITS = {"gsm8k": ("train", "validation", "test"), "chat_jsonl": ("train", "validation")}
@@ -30,6 +30,8 @@ def find_conflicts(config: Any, find_in_stage: Callable[[Any], Iterator[Conflict
             yield from _serve(config)
         case ReportConfig() if not config.run.strip():
             yield Conflict(("run",), "run is missing; give a run directory, or the folder of a model's runs")
+        case ExplainConfig() if not config.run.strip():
+            yield Conflict(("run",), "run is missing; give a run directory of the rl stage")
         case QuickstartConfig():
             # The tokenizer's and the shards' sources are set by the quickstart itself.
             for name in ("pretrain", "sft", "rl", "chat_eval"):

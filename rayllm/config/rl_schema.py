@@ -1,4 +1,4 @@
-"""The tree of the rl stage."""
+"""The trees of the rl stage and of what explains its steps."""
 
 from __future__ import annotations
 
@@ -135,3 +135,15 @@ class RLConfig:
     """Sample and judge, and learn nothing: to look at a model, or to save groups for replay."""
     tracking: TrackingConfig = TrackingConfig()
     """Where metrics go."""
+
+
+@frozen
+class ExplainConfig:
+    """One group of an RL step, token by token: who drew it, how likely it was, and what it adds to the logged loss."""
+
+    run: str = ""
+    """Run directory of the rl stage (given as the first argument too)."""
+    step: PositiveInt | None = None
+    """A step whose rollouts were kept (every `samples_every` steps); null: the newest of them."""
+    group: NonNegativeInt | None = None
+    """Which group of the step, counted from 0; null: the first whose completions were not all alike."""

@@ -11,15 +11,18 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from rayllm.runs.atomic import write_atomic
 from rayllm.text.tokenizer import Tokenizer
-from rayllm.training.policy_loss import PolicyLoss
 from rayllm.types import Completion, Prompt, Rollout, RolloutGroup
+
+if TYPE_CHECKING:  # what is saved is read without torch
+    from torch import Tensor
+
+    from rayllm.training.policy_loss import PolicyLoss
 
 TERM_NAMES = ("logp", "ratio", "weight", "policy", "kl", "entropy")
 MAX_SHOWN_GROUPS, MAX_SHOWN_ROLLOUTS = 4, 4

@@ -186,7 +186,8 @@ def test_import_nanochat_takes_its_source_first(capsys: pytest.CaptureFixture[st
         (
             ["pretrian"],
             "rayllm: error: 'pretrian' is no stage; did you mean pretrain? the stages are tokenizer, tokenize, "
-            "pretrain, sample, base-eval, sft, rl, chat-eval, chat, serve, report, quickstart, import-nanochat",
+            "pretrain, sample, base-eval, sft, rl, explain, chat-eval, chat, serve, report, quickstart, "
+            "import-nanochat",
         ),
         (
             ["sample", "a", "b"],
@@ -197,6 +198,10 @@ def test_import_nanochat_takes_its_source_first(capsys: pytest.CaptureFixture[st
             ["sample", "-d", "4"],
             "rayllm sample: error: -d: not understood; usage: rayllm sample [RECIPE] [--key=value ...] [--dry-run] "
             "[--help]",
+        ),
+        (
+            ["explain", "--step", "40"],
+            "rayllm explain: error: defaults: run is missing; give a run directory of the rl stage",
         ),
         (
             ["import-nanochat"],
