@@ -26,7 +26,8 @@ from rayllm.engine.reply import open_chat_checkpoint
 from rayllm.runs.checkpoint import Checkpoint, latest_checkpoint
 from rayllm.runs.progress import ProgressFollower
 from rayllm.runs.run_dir import RunDir, open_run
-from rayllm.runs.tracking import build_tracker, check_sinks
+from rayllm.runs.sharpening import describe_sharpening
+from rayllm.runs.tracking import build_tracker, check_sinks, read_metrics
 from rayllm.training.loop import Metrics
 from rayllm.training.rollout_batch import collate_groups
 from rayllm.training.saved_rollouts import saved_files
@@ -60,6 +61,8 @@ def run(config: RLConfig) -> None:
             score = teach(config, run_dir, own or start, ray_cluster, resumes=own is not None)
         value, stderr = (score.get(key, float("nan")) for key in ("val/pass@1", "val/pass@1_stderr"))
         print(f"rl: {config.num_steps} steps done, validation pass@1 {value:.1%} +- {stderr:.1%}: {config.out}")
+        if (told := describe_sharpening(read_metrics(run_dir.metrics_path))) is not None:
+            print(f"rl: {told}")
 
 
 def place(config: RLConfig, ray_cluster: cluster.Cluster) -> list[Placement]:

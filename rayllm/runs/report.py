@@ -10,10 +10,12 @@ from typing import Any
 
 from rayllm.config.chat_schema import ReportConfig
 from rayllm.runs.atomic import write_atomic
-from rayllm.runs.history import History, RunHistory, Series, mapping, number, read_history
+from rayllm.runs.curves import plot_runs
+from rayllm.runs.history import History, RunHistory, mapping, number, read_history
 from rayllm.runs.page import Block, Bullets, Code, Heading, Paragraph, Samples, Table, render_html, render_markdown
-from rayllm.runs.plots import Curve, Plot, render_svg
+from rayllm.runs.plots import Plot, render_svg
 from rayllm.runs.progress import render_duration
+from rayllm.runs.sharpening import describe_sharpening
 
 _STAGES = ("tokenizer", "tokenize", "pretrain", "import-nanochat", "sft", "rl", "base-eval", "chat-eval")
 # The number that a stage is about: metric, its name, and what to multiply it with (pass@1 reads as a percentage).
@@ -25,8 +27,6 @@ _KEY_METRICS = {
 }
 _PLOTS_FOLDER = "report_plots"
 _MAX_SAMPLES = 8
-_MAX_POINTS = 400
-_WINDOW = 10
 
 
 def run(config: ReportConfig) -> None:
@@ -62,8 +62,8 @@ def build_blocks(history: History) -> list[Block]:
     """The page, section by section; a section that has nothing to tell is left out."""
     sections: tuple[tuple[str, Iterator[Block]], ...] = (
         ("Stages", _stages(history)),
-        ("What reinforcement learning added", _gain(history.summary)),
-        ("Curves", _plots(history.runs)),
+        ("What reinforcement learning added", _gain(history)),
+        ("Curves", plot_runs(history.runs)),
         ("Evaluations", _evaluation_tables(history.evaluations)),
         ("Samples", _samples(history)),
         ("Time", _times(history)),
@@ -133,7 +133,14 @@ def _with_error(value: object, stderr: object, factor: float = 1.0) -> str:
     return shown + ("" if error is None else f" ± {error * factor:.{digits}f}") + unit
 
 
-def _gain(summary: Mapping[str, Any]) -> Iterator[Block]:
+def _gain(history: History) -> Iterator[Block]:
+    yield from _measured_gain(history.summary)
+    for stage_run in history.runs:
+        if stage_run.stage == "rl" and (told := describe_sharpening(stage_run.records)) is not None:
+            yield Paragraph(f"{stage_run.name}, on its validation problems: {told}.")
+
+
+def _measured_gain(summary: Mapping[str, Any]) -> Iterator[Block]:
     measured = {stage: mapping(mapping(summary.get("pass_at_1")).get(stage)) for stage in ("sft", "rl")}
     rows = [
         (f"after {stage}", _with_error(found.get("value"), found.get("stderr"), 100), f"{problems:,.0f}")
@@ -149,46 +156,6 @@ def _gain(summary: Mapping[str, Any]) -> Iterator[Block]:
         error = math.hypot(*(error or 0.0 for error in errors))
         gain = f"{100 * (after - before):+.1f} ± {100 * error:.1f} points"
         yield Paragraph(f"The difference is {gain}, its error taken as if the two measurements were independent.")
-
-
-def _plots(runs: Sequence[RunHistory]) -> Iterator[Plot]:
-    for stage_run in runs:
-        name, title = _slug(stage_run.name), stage_run.name
-        if stage_run.stage != "rl":  # there the loss is a surrogate, whose height says nothing
-            curves = (*_noisy(stage_run.series("train/loss")), *_measured("validation", stage_run.series("val/loss")))
-            if curves:
-                yield Plot(f"{name}-loss", f"{title}: loss", "nats per token", curves)
-        if curves := _measured("held-out text", stage_run.series("val/bpb")):
-            yield Plot(f"{name}-bpb", f"{title}: bits per byte, ± one standard error", "bits per byte", curves)
-        if curves := _noisy(stage_run.series("train/reward")):
-            yield Plot(
-                f"{name}-reward", f"{title}: reward of the batch (batches differ in difficulty)", "reward", curves
-            )
-        keys = [*stage_run.keys(r"val/pass@\d+"), *stage_run.keys("val/greedy")]
-        curves = tuple(c for key in keys for c in _measured(key.removeprefix("val/"), stage_run.series(key)))
-        if curves:
-            yield Plot(f"{name}-pass", f"{title}: held-out problems solved, ± one standard error", "share", curves)
-
-
-def _noisy(series: Series) -> tuple[Curve, ...]:
-    """Every value in the background and, where there are enough, the mean of the latest in front of it."""
-    if not series:
-        return ()
-    stride = math.ceil(len(series.steps) / _MAX_POINTS)
-    each = Curve("each record", series.steps[::stride], series.values[::stride], style="faint")
-    if len(series.steps) < 2 * _WINDOW:
-        return (Curve("training", each.steps, each.values),)
-    ends = range(_WINDOW - 1, len(series.steps), stride)
-    means = [sum(series.values[end + 1 - _WINDOW : end + 1]) / _WINDOW for end in ends]
-    return (each, Curve(f"mean of the last {_WINDOW}", [series.steps[end] for end in ends], means))
-
-
-def _measured(label: str, series: Series) -> tuple[Curve, ...]:
-    return (Curve(label, series.steps, series.values, series.stderrs, style="dots"),) if series else ()
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isascii() and c.isalnum() else "-" for c in name) or "run"
 
 
 def _evaluation_tables(evaluations: Sequence[RunHistory]) -> Iterator[Table]:

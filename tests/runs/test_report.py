@@ -206,6 +206,15 @@ def test_plots_are_files_for_markdown_and_inside_the_html(life: Path, tmp_path: 
     assert pointers and pointers <= set(ids)
 
 
+def test_sharpening_is_named(life: Path) -> None:
+    markdown = write_report(life).read_text(encoding="utf-8")
+    assert "sharpening" not in markdown and "pass@2" not in markdown  # pass@4 rose, too; between 1 and 4 is no curve
+    flat = [{**r, "val/pass@4": 0.7} if "val/pass@4" in r else r for r in rl_records()]
+    write_run(life / "rl", "rl", flat)
+    markdown = write_report(life).read_text(encoding="utf-8")
+    assert "rl, on its validation problems: sharpening: pass@1 rose by 20.0 +- 2.8 points and pass@4 by 0.0" in markdown
+
+
 def test_html_is_self_contained_and_harmless(life: Path) -> None:
     page = write_report(life).with_suffix(".html").read_text(encoding="utf-8")
     tags = tags_of(page)
