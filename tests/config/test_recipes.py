@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from pkgutil import resolve_name
 
 import pytest
 
 from rayllm.cli import STAGES
+from rayllm.config.fields import list_fields
 from rayllm.config.load import ConfigError, load_config
 from rayllm.config.recipes import RECIPES_ROOT, find_recipe, list_recipes, recipe_stem
+from rayllm.config.rl_schema import RLConfig
 from rayllm.config.schema import PretrainConfig, TokenizerConfig
 
 SCHEMAS = {stage.name.replace("-", "_"): resolve_name(stage.schema) for stage in STAGES}
@@ -27,6 +30,13 @@ def test_recipe_parses_with_its_stage(path: Path) -> None:
     opening = path.read_text(encoding="utf-8").partition("\n\n")[0]
     for word in ("# ", "Hardware:", "Time:", "Result:", f"rayllm {path.stem.replace('_', '-')} "):
         assert word in opening, f"{path} must open with a comment that has {word!r}"
+
+
+def test_the_guide_to_rl_names_keys_that_there_are() -> None:
+    guide = (RECIPES_ROOT.parent / "docs" / "rl.md").read_text(encoding="utf-8")
+    groups = "loss|guard|rollouts|learners|optim|validation|tracking"
+    named = set(re.findall(rf"\b((?:{groups})\.[a-z_]+)\b", guide))
+    assert len(named) > 20 and named <= set(list_fields(RLConfig)), named - set(list_fields(RLConfig))
 
 
 def test_schemas_are_named_after_their_stage() -> None:
