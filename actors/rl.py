@@ -59,10 +59,12 @@ def run(config: RLConfig) -> None:
             print(f"rl: resuming {config.out} after step {own.step} of {config.num_steps}", file=sys.stderr)
         with cluster.connect() as ray_cluster, ProgressFollower(run_dir.metrics_path, num_steps=config.num_steps):
             score = teach(config, run_dir, own or start, ray_cluster, resumes=own is not None)
-        value, stderr = (score.get(key, float("nan")) for key in ("val/pass@1", "val/pass@1_stderr"))
-        print(f"rl: {config.num_steps} steps done, validation pass@1 {value:.1%} +- {stderr:.1%}: {config.out}")
         if (told := describe_sharpening(read_metrics(run_dir.metrics_path))) is not None:
             print(f"rl: {told}")
+        score_text = ""
+        if score:
+            score_text = f", validation pass@1 {score['val/pass@1']:.1%} +- {score['val/pass@1_stderr']:.1%}"
+        print(f"rl: {config.num_steps} steps done{score_text}: {config.out}")
 
 
 def place(config: RLConfig, ray_cluster: cluster.Cluster) -> list[Placement]:
