@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -13,16 +14,25 @@ import pytest
 BENCH = Path(__file__).parent
 ENGINE_KEYS = {f"{name}.d{depth}" for name in ("speedup", "speedup_same_dtype", "limit_share") for depth in (4, 8)}
 TRAIN_KEYS = {f"{name}.d2" for name in ("speedup", "speedup_same_dtype", "limit_share", "memory_ratio")}
+RL_KEYS = {"speedup.k0", "speedup_same_dtype.k0", "overlap.k1_over_k0", "overlap.bound", "phase_share"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "keys"), [("bench_engine.py", ENGINE_KEYS), ("bench_train.py", TRAIN_KEYS)])
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("script", "keys"), [("bench_engine.py", ENGINE_KEYS), ("bench_train.py", TRAIN_KEYS), ("bench_rl.py", RL_KEYS)]
+)
 def test_the_last_line_is_the_result(script: str, keys: set[str]) -> None:
     if script == "bench_engine.py" and not (Path(os.environ.get("RAYLLM_DATA_DIR", "")) / "gsm8k").is_dir():
         pytest.skip("RAYLLM_DATA_DIR has no gsm8k, whose prompts and lengths this benchmark is made of")
     done = subprocess.run(
-        [sys.executable, str(BENCH / script), "--quick"], capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, str(BENCH / script), "--quick"], capture_output=True, text=True, timeout=840, check=False
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
-    assert result.keys() == keys and all(value > 0 for value in result.values())
+    shares = result.pop("phase_share", {})
+    assert result.keys() == keys - {"phase_share"}
+    assert all(value > 0 and math.isfinite(value) for value in result.values())
+    for phases in shares.values():
+        assert phases["learn"] > 0 and sum(phases.values()) == pytest.approx(1, abs=0.01)
+    assert bool(shares) == ("phase_share" in keys)
