@@ -12,6 +12,8 @@ SMEAR_GATE_CHANNELS = 24
 POSITIONS_PER_ROW = 10
 MAX_SEQUENCE_LEN = 2**24
 """Beyond it the rotary tables alone would take tens of gigabytes."""
+# Logits that training makes at once: as many as stay in a CPU's cache; on a GPU as many as keep it busy.
+LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**27, "mps": 2**25}
 
 
 @dataclass(frozen=True)

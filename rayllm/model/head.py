@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rayllm.model.config import LOGITS_PER_CHUNK
+
 LOGIT_CAP = 15.0
-LOGITS_PER_CHUNK = {"cpu": 2**22, "cuda": 2**27, "mps": 2**25}
-"""As many as stay in a CPU's cache; on a GPU as many as keep it busy."""
 
 
 TokenLoss = Callable[[Tensor, Tensor, slice], Tensor]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rayllm.runs.manifest import MANIFEST, seal
+from rayllm.runs.manifest import MANIFEST, MARKER, Manifest, parse_manifest, seal
 from rayllm.runs.places import Place, absolute, below, is_url, local_path, open_store, split
 from rayllm.runs.remote import RemoteStore
 from rayllm.runs.run_dir import read_run
@@ -124,6 +124,28 @@ def latest_checkpoint(place: Place) -> Checkpoint | None:
             damages.append(error)
     if damages:
         raise ValueError(f"every checkpoint in {store.address('')} is damaged; the newest: {damages[0]}")
+    return None
+
+
+def peek_checkpoint(place: Place) -> tuple[str, Manifest] | None:
+    """Address and manifest of the checkpoint that `open_checkpoint` would take if all is whole: nothing of a URL is
+    fetched but the manifest, and no file is verified. None where there is none, ValueError where all are damaged."""
+    folder, name = split(place)
+    store = open_store(folder)
+    names = [name]
+    if store.read(os.path.join(name, MANIFEST)) is None:
+        store, _ = _find_store(place)
+        names = [entry.name for entry in store.find()]
+    damages: list[ValueError] = []
+    for name in names:
+        address = store.address(name)
+        try:
+            content, marker = (store.read(os.path.join(name, file)) for file in (MANIFEST, MARKER))
+            return address, parse_manifest(content, marker, address)
+        except ValueError as error:
+            damages.append(error)
+    if damages:
+        raise damages[0]
     return None
 
 

@@ -12,17 +12,17 @@ import pickle
 import re
 import sys
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from rayllm.config.schema import ImportNanochatConfig
 from rayllm.model.config import GPTConfig
-from rayllm.model.gpt import GPT
+from rayllm.optim.scaling import count_parameters
 from rayllm.runs.checkpoint import check_tensor_shapes, save_checkpoint
 from rayllm.runs.run_dir import open_run
 from rayllm.text.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # nanochat's names of the architecture's fields, and ours.
 _FIELDS = {
@@ -37,15 +37,26 @@ _FIELDS = {
 _KINDS = {int: "a whole number", str: "text"}
 
 
+def describe_plan(config: ImportNanochatConfig) -> dict[str, object]:
+    """What would be read and written, for `--dry-run`; starts no torch. Where there is no source yet, that is told."""
+    writes = f"{config.out}/checkpoints"
+    if not Path(config.source).is_dir():
+        return {"source": f"none at {config.source} yet: sizes depend on it", "writes": writes}
+    source, step, model = _find_source(config)
+    num_parameters = count_parameters(model).total
+    size = _existing(source / f"model_{step:06d}.pt").stat().st_size
+    return {
+        "source": f"{source}, step {step}, {size / 2**30:.2f} GiB",
+        "model": f"{model.num_layers} layers, width {model.d_model}, vocabulary {model.vocab_size:,}",
+        "parameters": f"{num_parameters:,}",
+        "writes": f"{writes}, {4 * num_parameters / 2**30:.2f} GiB of float32 weights",
+        "memory": f"{(size + 4 * num_parameters) / 2**30:.2f} GiB: what is read and what is written",
+    }
+
+
 def run(config: ImportNanochatConfig) -> None:
     """Read `config.source`, write `config.out`; ValueError or FileNotFoundError names what does not fit."""
-    source = Path(config.source)
-    if not config.source or not source.is_dir():
-        raise FileNotFoundError(
-            f"source={config.source!r} is not a directory: give one with model_*.pt, meta_*.json and tokenizer.pkl"
-        )
-    step = _newest_step(source) if config.step is None else config.step
-    model_config = read_model_config(_existing(source / f"meta_{step:06d}.json"))
+    source, step, model_config = _find_source(config)
     tokenizer = read_tokenizer(_existing(source / "tokenizer.pkl"))
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(
@@ -73,6 +84,17 @@ def run(config: ImportNanochatConfig) -> None:
     print(path)
 
 
+def _find_source(config: ImportNanochatConfig) -> tuple[Path, int, GPTConfig]:
+    """The directory, the step to import, and the architecture it has there."""
+    source = Path(config.source)
+    if not config.source or not source.is_dir():
+        raise FileNotFoundError(
+            f"source={config.source!r} is not a directory: give one with model_*.pt, meta_*.json and tokenizer.pkl"
+        )
+    step = _newest_step(source) if config.step is None else config.step
+    return source, step, read_model_config(_existing(source / f"meta_{step:06d}.json"))
+
+
 def read_model_config(path: Path) -> GPTConfig:
     """The architecture in a meta file; checkpoints from before sliding windows have full ones."""
     try:
@@ -95,6 +117,11 @@ def read_model_config(path: Path) -> GPTConfig:
 
 def read_weights(path: Path, config: GPTConfig) -> dict[str, Tensor]:
     """The state dict of a model file as float32, under our (the same) names."""
+    import torch
+    from torch import Tensor
+
+    from rayllm.model.gpt import GPT
+
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # for what is no file of weights torch raises whatever its bytes lead to

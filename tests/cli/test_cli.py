@@ -119,7 +119,7 @@ def test_stage_help_names_keys_and_recipes() -> None:
     page = rayllm("pretrain", "laptop", "--depth=4", "--help").stdout  # wherever --help stands
     assert page.startswith("usage: rayllm pretrain [RECIPE]")
     assert "--model.head_dim  integer > 0; default: 128" in page
-    assert "Recipes for this stage: laptop" in page
+    assert "Recipes for this stage: gsm8k, laptop" in page
     assert "usage: rayllm import-nanochat SOURCE" in rayllm("import-nanochat", "-h").stdout
 
 
@@ -156,12 +156,16 @@ def test_dry_runs_need_neither_ray_nor_torch(tmp_path: Path) -> None:
     Tokenizer.byte_level().save(tokenizer)
     text.write_text("Once upon a time\n")
     out = f"--out={tmp_path / 'out'}"
-    for arguments in (
-        ("pretrain", f"--data.tokenizer={tokenizer}"),
-        ("tokenizer", f"--sources={text}"),
-        ("tokenize", f"--sources={text}", f"--tokenizer={tokenizer}"),
-    ):
-        assert imported_by(*arguments, out, "--dry-run").isdisjoint({"torch", "ray"}), arguments
+    needed = {
+        "pretrain": [f"--data.tokenizer={tokenizer}", out],
+        "tokenizer": [f"--sources={text}", out],
+        "tokenize": [f"--sources={text}", f"--tokenizer={tokenizer}", out],
+        "import-nanochat": [str(Path(__file__).parents[1] / "parity" / "mha"), out],
+        "report": [str(tmp_path)],
+    }
+    for stage in STAGES:
+        arguments = (stage.name, *needed.get(stage.name, []), "--dry-run")
+        assert imported_by(*arguments).isdisjoint({"torch", "ray"}), arguments
     assert not (tmp_path / "out").exists()
 
 

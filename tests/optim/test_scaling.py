@@ -6,9 +6,10 @@ import pytest
 
 from rayllm.config.schema import Horizon, ModelConfig, OptimConfig, PretrainConfig, WorkersConfig
 from rayllm.model.gpt import GPT
-from rayllm.optim.estimate import describe_plan, training_bytes_per_worker
 from rayllm.optim.scaling import count_parameters, plan, plan_model
 from rayllm.optim.schedule import PretrainSchedule
+from rayllm.plans.memory import training_bytes
+from rayllm.plans.pretrain import describe_plan
 
 # depth: parameters, scaling parameters, FLOPs per token, tokens per step, rate multiplier, weight decay, steps
 NANOCHAT = {
@@ -81,7 +82,7 @@ def test_the_plan_in_words_names_what_a_user_asks() -> None:
 def test_workers_share_the_optimizer_s_state() -> None:
     """Of the bytes of one worker only weights, gradients and activations stay with each of many."""
     derived = plan(PretrainConfig(depth=12), vocab_size=32768)
-    alone, of_two, of_many = (training_bytes_per_worker(derived, n, 4) for n in (1, 2, 1000))
+    alone, of_two, of_many = (training_bytes(derived.model, 2048, n) for n in (1, 2, 1000))
     counts = derived.parameters
     state = 4 * (2 * counts.total - counts.matrices)
     assert alone - of_two == pytest.approx(state / 2, rel=0.1)
