@@ -46,7 +46,7 @@ def divisible_step(tokens: int, row_key: str, row: int, num_workers: int) -> Ite
         yield Conflict(
             ("tokens_per_step", row_key, "workers.num_workers"),
             f"tokens_per_step={tokens} is not divisible by {row_key} {row} * workers.num_workers "
-            f"{num_workers} = {unit}; write --tokens_per_step={max(1, round(tokens / unit)) * unit}",
+            f"{num_workers} = {unit}; write --tokens_per_step={max(1, (tokens + unit // 2) // unit) * unit}",
         )
 
 
