@@ -216,15 +216,15 @@ def _answer_without_stage(arguments: list[str], stages: Sequence[Stage]) -> None
 
 
 def _run_stage(stage: Stage, arguments: list[str]) -> None:
-    from rayllm.config.flags import list_switches, split_arguments
-    from rayllm.config.load import ConfigError, load_config
-
     schema = _import(stage.schema)
     if "--help" in arguments or "-h" in arguments:
         from rayllm.config.help import render_stage_help
 
         print(render_stage_help(schema, stage.usage, width=_width(), color=_color()))
         return
+    from rayllm.config.flags import list_switches, split_arguments
+    from rayllm.config.load import ConfigError, load_config
+
     arguments = _spell_out(stage, arguments)
     is_dry = "--dry-run" in arguments
     arguments = [argument for argument in arguments if argument != "--dry-run"]

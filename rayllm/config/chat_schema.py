@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
-
+from rayllm.config.frozen import Bounds, frozen
 from rayllm.config.schema import (
     OptimConfig,
     PositiveFloat,
@@ -13,7 +12,6 @@ from rayllm.config.schema import (
     SamplingConfig,
     TrackingConfig,
     WorkersConfig,
-    frozen,
 )
 
 
@@ -31,7 +29,7 @@ class TaskConfig:
     """chat_jsonl: a file, looked up as given, then under RAYLLM_DATA_DIR."""
     num_examples: PositiveInt | None = None
     """Take only the first so many examples of the split; null: all there are."""
-    max_level: Annotated[int, Field(ge=1, le=4)] = 2
+    max_level: Annotated[int, Bounds(ge=1, le=4)] = 2
     """word_problems: the hardest level; a problem of level n takes n steps."""
     seed: int = 0
     """word_problems: seed of the problems."""
@@ -160,7 +158,7 @@ class ServeConfig:
     """A checkpoint of the sft or rl stage, or a run directory (its newest checkpoint); path or URL."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 opens it to the network, which has no password."""
-    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+    port: Annotated[int, Bounds(ge=1, le=65535)] = 8000
     """Port to listen on."""
     model_name: str | None = None
     """Name that /v1/models tells; null: the name of the run directory."""

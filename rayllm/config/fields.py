@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import re
+import sys
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
@@ -63,9 +68,10 @@ def template_of(key: str) -> str:
 def _walk(defaults: Any, prefix: str = "") -> Iterator[ConfigField]:
     schema = type(defaults)
     annotations = get_type_hints(schema, include_extras=True)
-    for name, described in schema.__pydantic_fields__.items():
+    docs = _docstrings_of(schema.__module__)[schema.__name__]
+    for name in (member.name for member in dataclasses.fields(schema)):
         default = getattr(defaults, name)
-        field = ConfigField(prefix + name, annotations[name], default, described.description or "")
+        field = ConfigField(prefix + name, annotations[name], default, docs.get(name, ""))
         yield field
         if field.is_group_list:
             item = field.fresh_item
@@ -74,6 +80,23 @@ def _walk(defaults: Any, prefix: str = "") -> Iterator[ConfigField]:
             yield from _walk(item, prefix=f"{field.key}.0.")
         if field.is_group:
             yield from _walk(default, prefix=f"{field.key}.")
+
+
+@cache
+def _docstrings_of(module: str) -> dict[str, dict[str, str]]:
+    """The text under each field of each class of a module, as it stands in the source."""
+    docs: dict[str, dict[str, str]] = {}
+    for schema in ast.parse(inspect.getsource(sys.modules[module])).body:
+        if isinstance(schema, ast.ClassDef):
+            docs[schema.name] = dict(_docstrings(schema))
+    return docs
+
+
+def _docstrings(schema: ast.ClassDef) -> Iterator[tuple[str, str]]:
+    for field, below in pairwise(schema.body):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                yield name, text
 
 
 def alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -130,15 +153,14 @@ def _describe_one(annotation: Any) -> str:
 
 def _describe_bounds(annotation: Any) -> str:
     bounds: dict[str, Any] = {}
-    for constraint in get_args(annotation)[1:] if get_origin(annotation) is Annotated else ():
-        for rule in constraint.metadata:
-            bounds |= {name: getattr(rule, name) for name in ("gt", "ge", "lt", "le", "pattern") if hasattr(rule, name)}
+    for rule in get_args(annotation)[1:] if get_origin(annotation) is Annotated else ():
+        bounds |= {name: bound for name, bound in vars(rule).items() if bound is not None}
     if "pattern" in bounds:
         return f" matching {bounds['pattern']}"
     if "ge" in bounds and "le" in bounds:
         return f" from {bounds['ge']} to {bounds['le']}"
-    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    return "".join(f" {signs[name]} {bound}" for name, bound in bounds.items())
+    signs = {"gt": ">", "ge": ">=", "le": "<="}
+    return "".join(f" {sign} {bounds[name]}" for name, sign in signs.items() if name in bounds)
 
 
 def format_value(value: Any) -> str:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from rayllm.config.check import find_conflicts
 from rayllm.config.errors import ConfigError, shorten
@@ -31,6 +30,7 @@ from rayllm.config.fields import (
     template_of,
 )
 from rayllm.config.flags import is_switch, key_of, list_switches, split_arguments
+from rayllm.config.frozen import Misfit, build
 from rayllm.config.recipes import find_recipe, recipe_stem
 from rayllm.config.yaml_text import compose, dump, is_plain, resolve_plain, scalar_value, source_of
 
@@ -301,9 +301,7 @@ def _assign(tree: Any, setting: _Setting) -> None:
 
 def _validate(schema: type[ConfigT], tree: dict[str, Any], given: Mapping[str, _Setting]) -> ConfigT:
     try:
-        # JSON, because pydantic's strict mode takes lists for tuples and dicts for dataclasses only from there.
-        return TypeAdapter(schema).validate_json(json.dumps(tree), strict=True)
-    except ValidationError as error:
-        location = [str(part) for part in error.errors()[0]["loc"]]
-        prefixes = (".".join(location[:end]) for end in range(len(location), 0, -1))
-        raise given[next(prefix for prefix in prefixes if prefix in given)].unexpected() from error
+        return build(schema, tree)
+    except Misfit as misfit:
+        prefixes = (".".join(misfit.path[:end]) for end in range(len(misfit.path), 0, -1))
+        raise given[next(prefix for prefix in prefixes if prefix in given)].unexpected() from misfit

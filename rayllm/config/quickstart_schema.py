@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from rayllm.config.chat_schema import ChatEvalConfig, SFTConfig
+from rayllm.config.frozen import frozen
 from rayllm.config.rl_schema import RLConfig
-from rayllm.config.schema import NonNegativeInt, PositiveInt, PretrainConfig, TokenizeConfig, TokenizerConfig, frozen
+from rayllm.config.schema import NonNegativeInt, PositiveInt, PretrainConfig, TokenizeConfig, TokenizerConfig
 
 
 @frozen

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from rayllm.config.chat_schema import RolloutConfig, TaskConfig
+from rayllm.config.frozen import frozen
 from rayllm.config.schema import (
     Fraction,
     NonNegativeFloat,
@@ -14,7 +15,6 @@ from rayllm.config.schema import (
     PositiveInt,
     TrackingConfig,
     WorkersConfig,
-    frozen,
 )
 
 

@@ -6,26 +6,16 @@ that follow from it (steps, batch split, learning rates) are derived by `rayllm.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeVar, cast, dataclass_transform
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from rayllm.config.frozen import Bounds, frozen
 
-_T = TypeVar("_T")
-
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+PositiveInt = Annotated[int, Bounds(gt=0)]
+NonNegativeInt = Annotated[int, Bounds(ge=0)]
+PositiveFloat = Annotated[float, Bounds(gt=0)]
+NonNegativeFloat = Annotated[float, Bounds(ge=0)]
+Fraction = Annotated[float, Bounds(ge=0, le=1)]
 Sources = tuple[str, ...]
-
-_CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(Field,))
-def frozen(cls: type[_T]) -> type[_T]:
-    return cast(type[_T], dataclass(frozen=True, kw_only=True, config=_CONFIG)(cls))
 
 
 @frozen
@@ -53,7 +43,7 @@ class TokenizerConfig:
     under RAYLLM_DATA_DIR; `hub:ORG/NAME[:SUBSET[:SPLIT]]` for a Hugging Face data set."""
     text_column: str = "text"
     """Column (parquet, hub) or key (jsonl) that holds the text."""
-    vocab_size: Annotated[int, Field(ge=265, le=2**20)] = 32768
+    vocab_size: Annotated[int, Bounds(ge=265, le=2**20)] = 32768
     """Size of the vocabulary: 256 bytes, the merges, and the 9 special tokens. Ignored for `kind: byte`."""
     max_chars: PositiveInt = 2_000_000_000
     """Stop reading after this many characters."""
@@ -103,7 +93,7 @@ class ModelConfig:
     """Key and value heads (grouped-query attention); must divide the query heads. null: as many."""
     sequence_len: PositiveInt = 2048
     """Tokens per training row (T)."""
-    window_pattern: Annotated[str, Field(pattern="^[SL]+$")] = "SSSL"
+    window_pattern: Annotated[str, Bounds(pattern="^[SL]+$")] = "SSSL"
     """Attention windows, tiled over the layers: L full context, S a quarter; the last layer is always L."""
 
 
@@ -236,11 +226,11 @@ class SamplingConfig:
     """Divides the logits; 0: greedy."""
     top_k: PositiveInt | None = None
     """Draw among the k likeliest tokens; null: no cut."""
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_p: Annotated[float, Bounds(gt=0, le=1)] | None = None
     """Draw among the likeliest tokens that together have this share (nucleus sampling), after top_k; null: no cut."""
     max_tokens: PositiveInt = 128
     """Tokens to add."""
-    stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    stop: tuple[Annotated[str, Bounds(min_length=1)], ...] = ()
     """Texts that end an answer."""
     seed: int = 0
     """Seed of the draws."""
