@@ -101,8 +101,9 @@ def describe_placement(config: RLConfig) -> str:
     return f"auto: {apart}; without them, {turns}"
 
 
-def takes_turns(config: RLConfig) -> bool:
-    """Whether sampling and learning share devices, as far as this machine can tell."""
+def shares_devices(config: RLConfig) -> bool:
+    """Whether sampling and learning are done by the same devices, as far as this machine can tell; cores are shared
+    even by those who do not take turns."""
     return config.placement == "colocated" or assumed_device(config.learners) == "cpu"
 
 
@@ -140,7 +141,7 @@ def _describe_sizes(config: RLConfig, model: GPTConfig) -> dict[str, object]:
         "memory_per_learner": f"{gib(learner)}: float32 weights {gib(weights)}, as much of gradients, its share of the "
         f"optimizer's state, and a micro-batch of {tokens:,} tokens",
     }
-    if takes_turns(config):
+    if shares_devices(config):
         lines["memory_shared"] = f"{gib(engine.num_bytes + learner)} where a rollout actor and a learner share a device"
     sampling = num_completions(config) * config.max_tokens * sampling_flops_per_token(model)
     lines["flops_per_step"] = f"at most {sampling:.3e} to sample, {_learning_flops(config, model):.3e} to learn"
@@ -157,9 +158,10 @@ def _describe_times(config: RLConfig, model: GPTConfig, engine: EnginePlan) -> d
     num_actors = config.rollouts.num_actors
     sample_s = engine.decoding_seconds(num_completions(config), config.max_tokens, num_actors)
     learn_s = learning_seconds(_learning_flops(config, model), config.learners)
-    overlaps = config.max_staleness > 0 and not takes_turns(config)
+    overlaps = config.max_staleness > 0 and not shares_devices(config)
     step_s = max(sample_s, learn_s) if overlaps else sample_s + learn_s
-    how = "the longer of the two, as they overlap" if overlaps else "one after the other"
+    in_turns = "one after the other" if config.max_staleness == 0 else "together, on the same cores"
+    how = "the longer of the two, as they overlap" if overlaps else in_turns
     num_validated = (config.validation.num_examples or 0) * config.eval_samples
     validate_s = engine.decoding_seconds(num_validated, config.max_tokens, num_actors) * num_validations(config)
     learner_rates = assumed_rates(assumed_device(config.learners), config.learners.num_workers)

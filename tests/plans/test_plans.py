@@ -172,7 +172,7 @@ def test_rl_recipes_fit_their_hardware(recipe: str, tmp_path: Path, monkeypatch:
     assert model is not None
     sampling, learning = rl.plan_engine(config, model).num_bytes, rl.learner_bytes(config, model)
     sampler_gb, learner_gb = (24, 48) if recipe == "gsm8k/cluster" else (80, 80)
-    if rl.takes_turns(config):
+    if rl.shares_devices(config):
         assert sampling + learning < 0.9 * sampler_gb * 1e9
     assert sampling < 0.9 * sampler_gb * 1e9
     assert learning < 0.9 * learner_gb * 1e9
