@@ -92,7 +92,7 @@ class RolloutConfig:
 
     num_actors: PositiveInt = 1
     """Rollout actors."""
-    num_slots: PositiveInt = 64
+    num_slots: PositiveInt = 128
     """Sequences that one actor decodes together."""
     num_prompts: PositiveInt | None = None
     """Different prompts that these may come from; each takes memory of its own. null: as many as slots."""
