@@ -104,6 +104,7 @@ def test_a_killed_run_ends_with_the_same_weights(uninterrupted, tiny_recipe: Rec
     assert losses(tmp_path / "killed") == losses(expected)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tiny_recipe: Recipe, commands, tmp_path: Path) -> None:
     command = commands("pretrain", tiny_recipe(tmp_path / "run", num_steps=100_000))
     command.wait_for(tmp_path / "run" / "checkpoints" / "step_000008")
@@ -159,6 +160,7 @@ def test_a_killed_worker_is_replaced(uninterrupted, tiny_recipe: Recipe, command
     assert weights(tmp_path / "run") == weights(expected)
 
 
+@pytest.mark.slow
 def test_a_diverging_run_says_so_once_and_is_not_tried_again(
     ray_session: None, tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

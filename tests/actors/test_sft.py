@@ -102,6 +102,7 @@ def test_two_workers_match_one(uninterrupted, chat_recipe: Recipe, tmp_path: Pat
     assert losses(tmp_path / "two") == pytest.approx(losses(one), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_goes_on_with_its_own_conversations(
     uninterrupted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -162,6 +162,7 @@ def test_dry_runs_need_neither_ray_nor_torch(tmp_path: Path) -> None:
         "tokenize": [f"--sources={text}", f"--tokenizer={tokenizer}", out],
         "import-nanochat": [str(Path(__file__).parents[1] / "parity" / "mha"), out],
         "report": [str(tmp_path)],
+        "explain": [str(tmp_path)],
     }
     for stage in STAGES:
         arguments = (stage.name, *needed.get(stage.name, []), "--dry-run")

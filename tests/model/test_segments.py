@@ -86,13 +86,14 @@ def test_samples_that_share_a_prompt_give_the_gradient_of_rows_of_their_own(shap
         if n > 1:
             pieces.append(Segment(start, n - 1, 0, prompt_len))
         start += n - 1
+    weights_N = torch.repeat_interleave(torch.tensor(weights, dtype=torch.float64), torch.tensor(lengths))
     shared = model(
         torch.cat([prompt_N, *(s[:-1] for s in samples)])[None],
         torch.cat(samples),
         reduction="sum",
         segments=Segments(pieces),
         target_idx_N=torch.cat(target_idx),
-        weights_N=torch.repeat_interleave(torch.tensor(weights, dtype=torch.float64), torch.tensor(lengths)),
+        token_loss=lambda logp_C, entropy_C, chunk: -weights_N[chunk] * logp_C,
     )
     shared.backward()
     torch.testing.assert_close(shared, naive, atol=1e-9, rtol=1e-9)

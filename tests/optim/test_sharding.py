@@ -27,6 +27,8 @@ TOLERANCES = {"float32": 1e-6, "float64": 1e-12}
 Tensors = dict[str, torch.Tensor]
 Outcome = dict[str, Any]
 
+FOUR = pytest.param(4, marks=pytest.mark.slow)
+
 
 def build_model(dtype: torch.dtype) -> GPT:
     """Tables of 128 rows, which three workers cannot share evenly; shapes of one, two and five matrices."""
@@ -152,7 +154,7 @@ def assert_close(one: Tensors, other: Tensors, tolerance: float) -> None:
         torch.testing.assert_close(one[name], other[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3, FOUR])
 def test_any_number_of_workers_gives_the_numbers_of_one(world_size, runs) -> None:
     for name, tolerance in TOLERANCES.items():
         expected = runs[1][0][name]
@@ -165,7 +167,7 @@ def test_any_number_of_workers_gives_the_numbers_of_one(world_size, runs) -> Non
                 assert_close(outcome[key], outcomes[0][key], 0)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, FOUR])
 def test_after_ddp_s_backward_too(world_size, runs) -> None:
     outcomes = [outcome["ddp"]["weights"] for outcome in runs[world_size]]
     assert_close(outcomes[0], runs[1][0]["ddp"]["weights"], 1e-9)
@@ -173,7 +175,7 @@ def test_after_ddp_s_backward_too(world_size, runs) -> None:
         assert_close(outcome, outcomes[0], 0)
 
 
-@pytest.mark.parametrize("world_size", [1, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 3, FOUR])
 def test_saved_by_two_goes_on_with_any_number(world_size, runs) -> None:
     for name, tolerance in TOLERANCES.items():
         expected = runs[1][0][f"resumed {name}"]
@@ -190,7 +192,7 @@ def test_a_step_without_signal_changes_nothing(world_size, runs) -> None:
     assert all(outcome["still"] for outcome in runs[world_size])
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3, FOUR])
 def test_each_worker_keeps_its_share_of_the_state(world_size, runs) -> None:
     """Besides it, little: padding of a stack that is one matrix short, and what is too small to share."""
     whole = runs[1][0]["float32"]["state_bytes"]

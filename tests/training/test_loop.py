@@ -92,7 +92,7 @@ def _worker(rank: int, world_size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_workers_gives_one_gradient(world_size, expected, tmp_path) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     mp.spawn(_worker, args=(world_size, str(tmp_path)), nprocs=world_size)

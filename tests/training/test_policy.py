@@ -145,7 +145,7 @@ def _learn_as_one_of(rank: int, world_size: int, rendezvous: str, out: str) -> N
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_learners_give_the_gradients_of_one(tmp_path, world_size) -> None:
     mp.spawn(_learn_as_one_of, (world_size, str(tmp_path / "rendezvous"), str(tmp_path)), nprocs=world_size)
     one = by_micro_batches(collate_groups(groups()), 60)
