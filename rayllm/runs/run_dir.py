@@ -29,6 +29,7 @@ from rayllm.runs.provenance import describe_launch, timestamp
 from rayllm.runs.store import CheckpointStore
 
 _UNSET = object()
+_OWN_FILES = ("run.json", "config.yaml", "plan.json", "provenance.jsonl")
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,12 @@ def open_run(
         launches = directory / "provenance.jsonl"
         with naming(launches), open(launches, "a", encoding="utf-8") as file:
             file.write(json.dumps(describe_launch()) + "\n")
-        yield RunDir(directory, record.run_id, resumed, str(of_run(place, directory)))
+        try:
+            yield RunDir(directory, record.run_id, resumed, str(of_run(place, directory)))
+        except BaseException:
+            if not resumed and store is None:
+                _forget_empty(directory)
+            raise
 
 
 def read_run(path: str | Path) -> RunRecord:
@@ -145,6 +151,13 @@ def _refuse_foreign(directory: Path) -> None:
             f"{directory} is not empty and holds no run of ours (it has {example!r} but no run.json); "
             "pass --out= another directory, or empty this one"
         )
+
+
+def _forget_empty(directory: Path) -> None:
+    """A first launch that failed before it had made anything leaves the directory to a recipe that was mended."""
+    if {entry.name for entry in directory.iterdir()} <= {*_OWN_FILES, ".lock"}:
+        for name in _OWN_FILES:
+            (directory / name).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -62,6 +62,26 @@ def test_a_moved_run_can_go_on(tmp_path):
     assert launch(tmp_path / "moved", replace(CONFIG, out="moved")).run_id == first.run_id
 
 
+def test_a_first_launch_that_made_nothing_leaves_the_directory_to_a_mended_recipe(tmp_path):
+    for out, makes, joins in (("empty", False, False), ("begun", True, True)):
+        with (
+            pytest.raises(ValueError, match="no such text"),
+            open_run(tmp_path / out, stage="pretrain", config=CONFIG, plan={}) as run,
+        ):
+            if makes:
+                (run.path / "metrics.jsonl").touch()
+            raise ValueError("no such text")
+        if joins:
+            with pytest.raises(ValueError, match="depth was 4 and is now 6"):
+                launch(tmp_path / out, replace(CONFIG, depth=6))
+        else:
+            assert not launch(tmp_path / out, replace(CONFIG, depth=6)).resumed
+    launch(tmp_path / "joined")
+    with pytest.raises(KeyboardInterrupt), open_run(tmp_path / "joined", stage="pretrain", config=CONFIG, plan={}):
+        raise KeyboardInterrupt
+    assert read_run(tmp_path / "joined").stage == "pretrain", "a run that was there stays"
+
+
 def test_another_recipe_is_refused_by_its_keys(tmp_path):
     launch(tmp_path / "run")
     before = (tmp_path / "run" / "config.yaml").read_text()
