@@ -125,7 +125,8 @@ def learn_from_rollouts(
     """Train from `first_step` (steps done before) to `config.num_steps`. How far sampling runs ahead of learning is the
     source's business; how stale that makes a token is written on it, and the loss corrects for it."""
     if first_step == 0:
-        journal.validate(0)
+        with journal.phase("evaluate"):
+            journal.validate(0)
     for step in range(first_step, config.num_steps):
         with journal.phase("publish"):
             source.settle()

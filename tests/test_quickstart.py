@@ -71,9 +71,9 @@ def gains(
 ) -> dict[tuple[int, int], tuple[float, float]]:
     """Gain of validation pass@1 and its standard error by (seed, max_staleness), from one chat model."""
     home = tmp_path_factory.mktemp("seeds")
-    measured = {(small.rl.seed, 0): gain(validations(small.rl.out))}
-    for seed, max_staleness in ((11, 0), (12, 0), (11, 1), (12, 1)):
-        config = replace(small.rl, seed=seed, max_staleness=max_staleness)
+    measured: Gains = {}
+    for seed, max_staleness in ((11, 0), (12, 0), (13, 0), (11, 1), (12, 1)):
+        config = replace(small.rl, seed=seed, max_staleness=max_staleness, num_steps=45)
         measured[seed, max_staleness] = gain(teach(config, home / f"seed_{seed}_{max_staleness}"))
     for (seed, max_staleness), (value, error) in measured.items():
         print(f"seed {seed}, max_staleness {max_staleness}: {value:+.1%} +- {error:.1%}")
