@@ -73,7 +73,7 @@ def gains(
     home = tmp_path_factory.mktemp("seeds")
     measured: Gains = {}
     for seed, max_staleness in ((11, 0), (12, 0), (13, 0), (11, 1), (12, 1)):
-        config = replace(small.rl, seed=seed, max_staleness=max_staleness, num_steps=45)
+        config = replace(small.rl, seed=seed, max_staleness=max_staleness, num_steps=40)
         measured[seed, max_staleness] = gain(teach(config, home / f"seed_{seed}_{max_staleness}"))
     for (seed, max_staleness), (value, error) in measured.items():
         print(f"seed {seed}, max_staleness {max_staleness}: {value:+.1%} +- {error:.1%}")
@@ -146,7 +146,7 @@ class ShuffledPool(RolloutPool):
 
 
 def test_with_shuffled_rewards_there_is_no_gain(small: QuickstartConfig, tmp_path: Path) -> None:
-    unguarded = replace(small.rl, guard=GuardConfig(max_drop=None))
+    unguarded = replace(small.rl, guard=GuardConfig(max_drop=None), num_steps=16)
     first, last = teach(unguarded, tmp_path / "shuffled", pool_class=ShuffledPool)
     assert last[0] - first[0] < 0.05, (first, last)
 

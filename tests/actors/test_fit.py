@@ -87,24 +87,6 @@ def test_a_finished_run_is_not_run_again(uninterrupted, capsys: pytest.CaptureFi
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_weights(uninterrupted, tiny_recipe: Recipe, commands, tmp_path: Path) -> None:
-    """SIGKILL at an unknown moment after the first checkpoint; the same command again ends bit for bit alike."""
-    _, expected = uninterrupted
-    config = tiny_recipe(tmp_path / "killed")
-    first = commands("pretrain", config)
-    first.wait_for(tmp_path / "killed" / "checkpoints" / "step_000004")
-    first.kill()
-    assert open_checkpoint(tmp_path / "killed").step < 20, "it was killed before its end"
-
-    again = commands("pretrain", config)
-    output, _ = again.process.communicate(timeout=HANG_LIMIT_S)
-    assert again.process.returncode == 0, output
-    assert "resuming" in output
-    assert weights(tmp_path / "killed") == weights(expected)
-    assert losses(tmp_path / "killed") == losses(expected)
-
-
-@pytest.mark.slow
 def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tiny_recipe: Recipe, commands, tmp_path: Path) -> None:
     command = commands("pretrain", tiny_recipe(tmp_path / "run", num_steps=100_000))
     command.wait_for(tmp_path / "run" / "checkpoints" / "step_000008")
