@@ -91,7 +91,8 @@ def teach(
 ) -> Metrics:
     """Start the actors, run the loop, and leave nothing running; returns the last validation."""
     first_step = checkpoint.step if resumes else 0
-    num_prompts = int(checkpoint.state.get("num_prompts", 0)) if resumes else 0  # type: ignore[call-overload]
+    known = checkpoint.state.get("num_prompts") if resumes else None
+    num_prompts = known if isinstance(known, int) else first_step * config.prompts_per_step
     for_pool, for_learners = place(config, ray_cluster)
     with ExitStack() as stack:
         pool, learners = None, None

@@ -131,6 +131,7 @@ STAGES = (
         prints="word_problems/test",
     ),
     Stage("chat", ["--checkpoint=RUNS/rl", "--prompt=One plus one", "--sampling.max_tokens=4"]),
+    Stage("explain", ["RUNS/rl", "--group=0"], prints="word_problems/train/"),
     Stage("report", ["RUNS"], writes="report.html"),
     Stage(
         "import-nanochat",
