@@ -110,17 +110,18 @@ class Journal:
 
     def _roll_back(self, step: int, reason: str) -> None:
         """To the best weights, and on from there at half the rates; what was sampled ahead is given up."""
+        if self._learners is None or self._guard.best is None:  # no best of this run's past
+            return
+        self._learners.flush()
         best = latest_checkpoint(self._best_place)
-        if self._learners is None or best is None:
+        if best is None:
             return
         print(f"rl: step {step}: {reason}; back to step {best.step}, rates halved", file=sys.stderr)
-        self._learners.flush()
-        best = latest_checkpoint(self._best_place) or best
         self._source.settle()
         self._learners.roll_back(best.address)
         self._source.restart()
         self._source.publish(self._learners, step)
-        self.validation = dict(self._guard.best or self.validation)
+        self.validation = dict(self._guard.best)
         self._tracker.log(step, {"guard/rolled_back_to": float(best.step)})
         self._tracker.log_text(step, "guard", reason)
 
