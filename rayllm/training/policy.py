@@ -29,6 +29,7 @@ from rayllm.training.policy_loss import PolicyLoss, TokenScores
 from rayllm.training.policy_stats import PolicyStats
 from rayllm.training.replica import prepare_model, replicate
 from rayllm.training.rollout_batch import TrainBatch
+from rayllm.training.speed import Utilization
 
 
 def summed_policy_loss(model: torch.nn.Module, loss: PolicyLoss) -> Tensor:
@@ -95,7 +96,7 @@ class PolicyLearner:
             self._reference.to(runtime.device).requires_grad_(False)
             prepare_model(self._reference, config.learners, runtime)
         self._flops_per_token = flops_per_token(self.model.config)
-        self._peak_flops_per_s = runtime.peak_flops_per_s() * runtime.world_size
+        self._utilization = Utilization(runtime)
 
     def step(self, batch: TrainBatch, step: int) -> Metrics:
         """Learn from batch number `step` (from 0), alike on every learner. A batch without signal changes nothing.
@@ -209,5 +210,5 @@ class PolicyLearner:
     def _speed(self, losses: Sequence[PolicyLoss], seconds: float) -> Metrics:
         num_tokens = sum(loss.batch.tokens_1N.numel() for loss in losses) * self._config.updates_per_batch
         (total,) = self._runtime.sum_on_host([num_tokens])
-        mfu = total / seconds * self._flops_per_token / self._peak_flops_per_s
+        mfu = self._utilization.of(total / seconds * self._flops_per_token)
         return {"learn/tokens": total, "learn/tokens_per_s": total / seconds, "learn/mfu": mfu}

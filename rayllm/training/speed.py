@@ -10,12 +10,27 @@ from rayllm.data.loader import StepBatch
 from rayllm.runtime import Runtime
 
 
+class Utilization:
+    """The share of what the devices of all workers could compute (MFU)."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime, self._peak_flops_per_s = runtime, 0.0
+
+    def of(self, flops_per_s: float) -> float:
+        """Of a rate over all workers. The peak is measured at first use, when a run's start no longer keeps the
+        machine busy, and again where a run goes faster than that: something else ran beside the measurement."""
+        if not self._peak_flops_per_s or flops_per_s > self._peak_flops_per_s:
+            measured = self._runtime.peak_flops_per_s() * self._runtime.world_size
+            self._peak_flops_per_s = max(measured, self._peak_flops_per_s)
+        return flops_per_s / self._peak_flops_per_s
+
+
 class Speed:
-    """Tokens per second over all workers, and the share of what their devices could compute (MFU)."""
+    """Tokens per second over all workers, and MFU."""
 
     def __init__(self, runtime: Runtime, flops_per_token: float) -> None:
         self._world_size, self._flops_per_token = runtime.world_size, flops_per_token
-        self._peak_flops_per_s = runtime.peak_flops_per_s() * runtime.world_size
+        self._utilization = Utilization(runtime)
         self._num_tokens, self._since = 0.0, time.perf_counter()
 
     def add(self, batch: StepBatch) -> None:
@@ -25,8 +40,8 @@ class Speed:
     def measure(self) -> dict[str, float]:
         """Of the time since the last measurement. The device's queue must be empty: read the loss first."""
         tokens_per_s = self._num_tokens / (time.perf_counter() - self._since)
+        mfu = self._utilization.of(tokens_per_s * self._flops_per_token)
         self._num_tokens, self._since = 0.0, time.perf_counter()
-        mfu = tokens_per_s * self._flops_per_token / self._peak_flops_per_s
         return {"train/tokens_per_s": tokens_per_s, "train/mfu": mfu}
 
     @contextmanager
