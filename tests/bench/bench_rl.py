@@ -19,8 +19,10 @@
 A run's first step (start, a validation of 2 x 2 samples) and last one (nothing is sampled ahead) are left out, of the
 others the mean is taken; (a) first warms up on one prompt. Runs alternate, the best of each counts, as others share the
 machine; with OMP_WAIT_POLICY=PASSIVE threads that wait do not take turns away from those who work. `overlap.bound` is
-max(Tr, Tl) / (Tr + Tl), with the times that (c) waits for rollouts and learns. Shares are those of a step's wall time,
-idle ones besides: the part of it in which rollout actors, or learners, had nothing to do.
+max(Tr, Tl) / (Tr + Tl), with the times that (c) waits for rollouts and learns, each alone on the machine; in (d) both
+share its memory, and `overlap.k1_over_busier_side` compares a step with what the busier of the two works in it. Shares
+are those of a step's wall time, idle ones besides: the part of it in which rollout actors, or learners, had nothing to
+do.
 """
 
 from __future__ import annotations
@@ -183,10 +185,15 @@ def tell(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
         "overlap.bound": max(sampling_s, learning_s) / (sampling_s + learning_s),
     }
     away = result["overlap.k1_over_k0"] / result["overlap.bound"] - 1
+    overlapped = best["k1_apart"]
+    busier_s = overlapped["step"] * (1 - min(overlapped[idle] for idle in IDLE))
+    result["overlap.k1_over_busier_side"] = overlapped["step"] / busier_s
     print(f"(b) k0 is {result['speedup.k0']:.1f} times as fast as (a): goal 5")
     print(f"    with equal dtype {result['speedup_same_dtype.k0']:.1f}: goal 3")
     print(f"(d) over (c) is {result['overlap.k1_over_k0']:.3f}, the bound {result['overlap.bound']:.3f}, ", end="")
     print(f"{away:+.0%}: goal within 15 %")
+    print(f"    (d)'s busier side works {busier_s:.1f} s a step, ", end="")
+    print(f"where (c)'s takes {max(sampling_s, learning_s):.1f} s with the memory to itself")
     rounded = {name: {phase: round(share, 3) for phase, share in of.items()} for name, of in shares.items()}
     return {key: round(value, 3) for key, value in sorted(result.items())} | {"phase_share": rounded}
 
