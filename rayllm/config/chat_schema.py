@@ -98,7 +98,8 @@ class RolloutConfig:
     """Different prompts that these may come from; each takes memory of its own. null: as many as slots."""
     new_weights: Literal["recompute", "drain"] = "recompute"
     """When weights change while sequences run: recompute lets them go on under the new ones, from their tokens so far;
-    drain lets them end under the old ones, and nothing else starts before."""
+    drain lets them end under the old ones, and nothing else starts before: cheaper where all that is sampled ahead has
+    slots and about the same length."""
     cpus_per_actor: PositiveInt | None = None
     """CPU cores of each actor. null: the machine's cores over the actors on CPU, 1 on GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -6,7 +6,8 @@
     forward and backward for each 8 rows, padded, with all logits at once, also for groups without variance; the
     optimizer at the end. One process, all cores, eager, float32.
 (b) the product at max_staleness 0, colocated, on the actors, slots and micro-batches of the recipe `laptop`;
-(c) the same apart: one rollout actor and one learner with one core each; (d) as (c), at max_staleness 1.
+(c) the same apart: one rollout actor, with all the slots, and one learner, with one core each; (d) as (c), at
+    max_staleness 1, where weights that come while sequences run wait until these have ended.
 
 (b) to (d) are `actors.rl.teach` on a local Ray; times are those of its metrics.jsonl. Every variant has the same:
 - weights: depth 4, width 256, head 64, vocabulary 8192, context 512, random; 16 problems x 16 samples, the same 16
@@ -99,7 +100,13 @@ def build_variants(config: RLConfig, default_dtype: str) -> dict[str, RLConfig]:
     apart = replace(
         config,
         placement="disaggregated",
-        rollouts=replace(config.rollouts, num_actors=1, cpus_per_actor=1),
+        rollouts=replace(
+            config.rollouts,
+            num_actors=1,
+            num_slots=config.rollouts.num_slots * config.rollouts.num_actors,
+            cpus_per_actor=1,
+            new_weights="drain",
+        ),
         learners=replace(config.learners, num_workers=1, cpus_per_worker=1),
     )
     variants = {"k0": together, "k0_apart": apart, "k1_apart": replace(apart, max_staleness=1)}
