@@ -24,7 +24,7 @@ from rayllm.engine.request import Request
 from rayllm.runs.load import load
 from rayllm.runtime import build_runtime
 from rayllm.text.chat import answer_text, render_for_completion
-from rayllm.types import Completion, Prompt, Rollout, RolloutGroup, WeightsVersion
+from rayllm.types import Completion, Prompt, Rollout, RolloutGroup
 from tasks.build import build_task
 
 
@@ -168,10 +168,6 @@ class RolloutPool:
     def publish(self, source: Any, number: int) -> Transfer:
         """Begin to bring the weights of an actor to all rollout actors."""
         return self._channel.start(source, number, self.actors, self._config.timeout_s)
-
-    def load(self, source: Any, number: int) -> WeightsVersion:
-        """Bring the weights of an actor to all rollout actors, and wait until they are there."""
-        return self.publish(source, number).wait()
 
     def describe(self) -> Any:
         """What the first actor says of itself, as a promise: all are alike."""

@@ -93,7 +93,7 @@ def test_completions_carry_the_version_that_sampled_them(
     try:
         before = pool.sample(request)
         group.step(collate_groups(before), 0)
-        version = pool.load(group.source, number=1)
+        version = pool.publish(group.source, number=1).wait()
         after = pool.sample(request)
     finally:
         pool.close()
