@@ -204,7 +204,7 @@ def limit_tokens_per_s(model: GPT, work: Work, num_rows: int) -> tuple[float, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="4 prompts, one run each: shows that it works")
+    parser.add_argument("--quick", action="store_true", help="2 prompts, one run each: shows that it works")
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--num-slots", type=int, default=256)
@@ -212,7 +212,7 @@ def main() -> None:
     args = parser.parse_args()
     runtime = build_runtime(args.device)
     device, repeats = runtime.device, 1 if args.quick else args.repeats
-    work, tokenizer = build_work(4 if args.quick else NUM_PROMPTS)
+    work, tokenizer = build_work(2 if args.quick else NUM_PROMPTS)
     lengths = sum(work.lengths, [])
     print(
         f"{len(work.prompts)} prompts of {min(map(len, work.prompts))}-{max(map(len, work.prompts))} tokens x "
