@@ -79,7 +79,7 @@ def gains(
     home = tmp_path_factory.mktemp("seeds")
     measured: Gains = {}
     for seed, max_staleness in ((11, 0), (12, 0), (13, 0), (11, 1), (12, 1)):
-        config = replace(small.rl, seed=seed, max_staleness=max_staleness, num_steps=36)
+        config = replace(small.rl, seed=seed, max_staleness=max_staleness, num_steps=40)
         measured[seed, max_staleness] = gain(teach(config, home / f"seed_{seed}_{max_staleness}"))
     for (seed, max_staleness), (value, error) in measured.items():
         print(f"seed {seed}, max_staleness {max_staleness}: {value:+.1%} +- {error:.1%}")
