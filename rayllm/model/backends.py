@@ -57,8 +57,7 @@ def attend_with_sdpa(
     return torch.cat(blocks, dim=1)
 
 
-@torch.compiler.disable
-def _attend_to_pieces(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, batches: list, place_N: Tensor) -> Tensor:
+def _attend_pieces(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, batches: list, place_N: Tensor) -> Tensor:
     q_NHE, k_NKE, v_NKE = (x.flatten(0, 1) for x in (q_BTHE, k_BTKE, v_BTKE))
     attended = [
         _sdpa(
@@ -70,6 +69,19 @@ def _attend_to_pieces(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, batches: l
         for b in batches
     ]
     return take_rows(torch.cat(attended), place_N).view_as(q_BTHE)
+
+
+# What `attend_with_sdpa` calls for segments; see `leave_pieces_uncompiled`.
+_attend_to_pieces: Callable[..., Tensor] = _attend_pieces
+
+
+def leave_pieces_uncompiled() -> None:
+    """Have torch.compile pass over pieces, whose shapes are new in every batch.
+
+    No decorator: one would load PyTorch's compiler, a fifth of every process's start, for models never compiled, too.
+    """
+    global _attend_to_pieces
+    _attend_to_pieces = torch.compiler.disable(_attend_pieces)
 
 
 def _sdpa(q_BQHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, is_seen: Tensor | None) -> Tensor:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rayllm.model.backends import Attend, attend_with_sdpa
+from rayllm.model.backends import Attend, attend_with_sdpa, leave_pieces_uncompiled
 from rayllm.model.config import POSITIONS_PER_ROW, SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 from rayllm.model.head import Cut, TokenLoss, capped_logits, log_probs, summed_loss
 from rayllm.model.kv_cache import CacheView
@@ -240,6 +240,7 @@ class GPT(nn.Module):
 
     def compile_rows(self) -> None:
         """Compile the forward of rows (not of what a cache holds) and its backward."""
+        leave_pieces_uncompiled()
         self._compiled_hidden = torch.compile(self.hidden)
 
     @torch.no_grad()
