@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import ray
@@ -189,18 +192,19 @@ def connect() -> Iterator[Cluster]:
         return
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    settings: dict[str, Any] = {}
-    if address == "local":
-        settings["dashboard_port"] = _free_port(DASHBOARD_PORT)
-        # Ray's own processes look for their dashboard: without this they may find another Ray's, or one long gone.
-        os.environ[_API_SERVER] = f"http://127.0.0.1:{settings['dashboard_port']}"
     on_sigterm = signal.getsignal(signal.SIGTERM)
     print(f"ray: {'starting on this machine' if address == 'local' else f'joining {address}'} ...", file=sys.stderr)
     try:
-        try:
-            context = ray.init(address=address, logging_level="ERROR", **settings)
-        except ray.exceptions.AuthenticationError as error:
-            raise ValueError(f"Ray's token is missing or wrong; see RAY_AUTH_TOKEN_PATH ({error})") from error
+        with _reserve_port(DASHBOARD_PORT) if address == "local" else nullcontext() as port:
+            settings: dict[str, Any] = {}
+            if port:
+                settings["dashboard_port"] = port
+                # Without this, Ray's own processes may find the dashboard of another Ray, or of one long gone.
+                os.environ[_API_SERVER] = f"http://127.0.0.1:{port}"
+            try:
+                context = ray.init(address=address, logging_level="ERROR", **settings)
+            except ray.exceptions.AuthenticationError as error:
+                raise ValueError(f"Ray's token is missing or wrong; see RAY_AUTH_TOKEN_PATH ({error})") from error
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own aborts the process before it has cleaned up
         if context.dashboard_url:
@@ -208,14 +212,26 @@ def connect() -> Iterator[Cluster]:
         yield Cluster(is_own=address == "local")
     finally:
         ray.shutdown()
-        if settings:
+        if address == "local":
             os.environ.pop(_API_SERVER, None)
 
 
-def _free_port(first: int) -> int:
-    """The first port from `first` on that nothing listens on."""
+@contextmanager
+def _reserve_port(first: int) -> Iterator[int]:
+    """The first port from `first` on that nothing listens on, and no other Ray of ours is about to.
+
+    A dashboard that finds its port taken keeps `ray.init` waiting for a minute and is then left out.
+    """
     for port in range(first, first + 1000):
-        with socket.socket() as probe:
+        with (
+            Path(tempfile.gettempdir(), f"rayllm-{os.getuid()}-port-{port}.lock").open("w") as lock,
+            socket.socket() as probe,
+        ):
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
             if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
+                yield port
+                return
     raise ConnectionError(f"no free port from {first} to {first + 999} for Ray's dashboard")
