@@ -9,7 +9,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,17 @@ def chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer=tokenizer,
         keep=1,
     )
+    return run
+
+
+@pytest.fixture(scope="session")
+def side_by_side() -> Callable[[Callable[[Any], object], Sequence[Any]], None]:
+    """Calls a function with each item, three at a time, for what mostly waits for a Ray of its own to start."""
+
+    def run(work: Callable[[Any], object], items: Sequence[Any]) -> None:
+        with ThreadPoolExecutor(max_workers=3) as pool:
+            list(pool.map(work, items))
+
     return run
 
 

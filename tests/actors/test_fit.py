@@ -100,33 +100,35 @@ def test_ctrl_c_ends_at_once_and_leaves_nothing_behind(tiny_recipe: Recipe, comm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", ["driver", "worker"])
 def test_sigterm_saves_after_the_step_under_way_and_the_same_command_goes_on(
-    uninterrupted, tiny_recipe: Recipe, commands, tmp_path: Path, victim: str
+    uninterrupted, tiny_recipe: Recipe, commands, side_by_side, tmp_path: Path
 ) -> None:
     _, expected = uninterrupted
-    run = tmp_path / "run"
-    config = tiny_recipe(run, save_every=None, eval_every=None)
-    command = commands("pretrain", config)
-    wait_for_step(command, run, 2)
-    before = read_metrics(run / "metrics.jsonl")[-1]["step"]
-    (pid,) = command.processes("RayTrainWorker") if victim == "worker" else [command.process.pid]
-    os.kill(pid, signal.SIGTERM)
-    output, _ = command.process.communicate(timeout=HANG_LIMIT_S)
-    assert command.process.returncode == 0, output
-    saved = open_checkpoint(run).step
-    assert before <= saved < 20
-    assert (
-        f"pretrain: stopped by SIGTERM after step {saved} of 20, checkpoint saved; the same command goes on" in output
-    )
-    assert ("saving a checkpoint after this step" in output) == (victim == "driver")
-    command.wait_until_gone()
 
-    again = commands("pretrain", config)
-    output, _ = again.process.communicate(timeout=HANG_LIMIT_S)
-    assert again.process.returncode == 0 and f"after step {saved} of 20" in output, output
-    assert weights(run) == weights(expected)
-    assert losses(run) == losses(expected)
+    def stop_and_go_on(victim: str) -> None:
+        run = tmp_path / victim
+        config = tiny_recipe(run, save_every=None, eval_every=None)
+        command = commands("pretrain", config)
+        wait_for_step(command, run, 2)
+        before = read_metrics(run / "metrics.jsonl")[-1]["step"]
+        (pid,) = command.processes("RayTrainWorker") if victim == "worker" else [command.process.pid]
+        os.kill(pid, signal.SIGTERM)
+        output, _ = command.process.communicate(timeout=HANG_LIMIT_S)
+        assert command.process.returncode == 0, output
+        saved = open_checkpoint(run).step
+        assert before <= saved < 20
+        stopped = f"pretrain: stopped by SIGTERM after step {saved} of 20, checkpoint saved; the same command goes on"
+        assert stopped in output
+        assert ("saving a checkpoint after this step" in output) == (victim == "driver")
+        command.wait_until_gone()
+
+        again = commands("pretrain", config)
+        output, _ = again.process.communicate(timeout=HANG_LIMIT_S)
+        assert again.process.returncode == 0 and f"after step {saved} of 20" in output, output
+        assert weights(run) == weights(expected)
+        assert losses(run) == losses(expected)
+
+    side_by_side(stop_and_go_on, ("driver", "worker"))
 
 
 @pytest.mark.slow

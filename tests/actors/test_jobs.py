@@ -16,10 +16,10 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -326,7 +326,7 @@ def test_a_job_gets_the_code_and_not_the_runs(head: Head, checkout: Path) -> Non
     assert not found & {"runs", ".venv", "wandb", "model.safetensors"}
 
 
-def test_every_stage_runs_as_a_job(head: Head, checkout: Path, shared: Path) -> None:
+def test_every_stage_runs_as_a_job(head: Head, checkout: Path, shared: Path, side_by_side: Any) -> None:
     places = (("RUNS", str(shared / "runs")), ("TEXT", str(shared / "text.jsonl")), ("NANOCHAT", str(NANOCHAT)))
 
     def run(stage: Stage) -> None:
@@ -340,8 +340,7 @@ def test_every_stage_runs_as_a_job(head: Head, checkout: Path, shared: Path) -> 
 
     for stage in LIFE:
         run(stage)
-    with ThreadPoolExecutor(max_workers=3) as side_by_side:
-        list(side_by_side.map(run, READERS))
+    side_by_side(run, READERS)
     launch = json.loads((shared / "runs/base/provenance.jsonl").read_text(encoding="utf-8"))
     assert launch["command"][1:3] == ["pretrain", "--depth=2"]
 

@@ -82,36 +82,49 @@ def undisturbed(tiny_recipe: Recipe, ray_session: None, tmp_path_factory: pytest
     return out
 
 
-@pytest.mark.parametrize("seed", ROUNDS)
-def test_a_worker_is_killed(undisturbed: Path, tiny_recipe: Recipe, commands: Any, tmp_path: Path, seed: int) -> None:
-    out = tmp_path / "run"
-    command = commands("pretrain", build(tiny_recipe, out))
-    wait_for_random_step(command, out, "worker", seed)
-    os.kill(random.Random(seed).choice(sorted(command.processes("RayTrainWorker"))), signal.SIGKILL)
-    assert "starting them again from the last checkpoint (1 of at most 3 times)" in finish(command)
-    assert_same(out, undisturbed)
+def test_a_worker_is_killed(
+    undisturbed: Path, tiny_recipe: Recipe, commands: Any, side_by_side: Any, tmp_path: Path
+) -> None:
+    def play(seed: int) -> None:
+        out = tmp_path / f"run_{seed}"
+        command = commands("pretrain", build(tiny_recipe, out))
+        wait_for_random_step(command, out, "worker", seed)
+        os.kill(random.Random(seed).choice(sorted(command.processes("RayTrainWorker"))), signal.SIGKILL)
+        assert "starting them again from the last checkpoint (1 of at most 3 times)" in finish(command)
+        assert_same(out, undisturbed)
+
+    side_by_side(play, ROUNDS)
 
 
-@pytest.mark.parametrize("seed", ROUNDS)
-def test_the_driver_is_killed(undisturbed: Path, tiny_recipe: Recipe, commands: Any, tmp_path: Path, seed: int) -> None:
+def test_the_driver_is_killed(
+    undisturbed: Path, tiny_recipe: Recipe, commands: Any, side_by_side: Any, tmp_path: Path
+) -> None:
     """The same command goes on; so does one with another number of workers, on the same rows."""
-    out = tmp_path / "run"
-    config = build(tiny_recipe, out)
-    command = commands("pretrain", config)
-    wait_for_random_step(command, out, "driver", seed)
-    command.process.kill()
-    command.kill()  # and its Ray, which would notice that sooner or later and might meanwhile train to the end
-    assert (NUM_STEPS not in losses(out)) and not (out / "checkpoints" / f"step_{NUM_STEPS:06d}").exists()
 
-    alone = replace(config, out=str(tmp_path / "alone"), workers=replace(WORKERS, num_workers=1))
-    shutil.copytree(out, alone.out)
-    finish(commands("pretrain", config))
-    assert_same(out, undisturbed)
+    def kill(seed: int) -> None:
+        config = build(tiny_recipe, tmp_path / f"run_{seed}")
+        command = commands("pretrain", config)
+        wait_for_random_step(command, Path(config.out), "driver", seed)
+        command.process.kill()
+        command.kill()  # and its Ray, which would notice that sooner or later and might meanwhile train to the end
+        assert NUM_STEPS not in losses(Path(config.out))
+        assert not Path(config.out, "checkpoints", f"step_{NUM_STEPS:06d}").exists()
+        shutil.copytree(config.out, tmp_path / f"alone_{seed}")
 
-    finish(commands("pretrain", alone))
-    assert losses(Path(alone.out)) == pytest.approx(losses(undisturbed), abs=1e-3)
-    mine, theirs = open_checkpoint(alone.out), open_checkpoint(undisturbed)
-    assert (mine.step, mine.state["position"]) == (theirs.step, theirs.state["position"])
+    def go_on(num_workers: int) -> None:
+        for seed in ROUNDS:
+            out = tmp_path / f"{'alone' if num_workers == 1 else 'run'}_{seed}"
+            workers = replace(WORKERS, num_workers=num_workers)
+            finish(commands("pretrain", replace(build(tiny_recipe, out), workers=workers)))
+
+    side_by_side(kill, ROUNDS)
+    side_by_side(go_on, (1, 2))
+    for seed in ROUNDS:
+        assert_same(tmp_path / f"run_{seed}", undisturbed)
+        alone = tmp_path / f"alone_{seed}"
+        assert losses(alone) == pytest.approx(losses(undisturbed), abs=1e-3)
+        mine, theirs = open_checkpoint(alone), open_checkpoint(undisturbed)
+        assert (mine.step, mine.state["position"]) == (theirs.step, theirs.state["position"])
 
 
 _NODES = """
