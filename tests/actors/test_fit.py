@@ -19,6 +19,7 @@ from actors import fit
 from rayllm.config.load import to_yaml
 from rayllm.config.schema import OptimConfig, PretrainConfig, TrackingConfig
 from rayllm.runs.checkpoint import open_checkpoint
+from rayllm.runs.stop_request import StopRequest
 from rayllm.runs.tracking import read_metrics
 from rayllm.text.tokenizer import SPLIT_PATTERN, Tokenizer
 
@@ -30,13 +31,16 @@ def losses(out: Path) -> dict[int, float]:
     return {r["step"]: r["train/loss"] for r in read_metrics(out / "metrics.jsonl") if "train/loss" in r}
 
 
-def wait_for_step(command: Any, out: Path, step: int) -> None:
-    """Until the run in `out` has recorded `step`."""
-    command.wait_for(out / "metrics.jsonl")
+def last_step(out: Path) -> int:
+    """The last that the run in `out` has recorded."""
+    return max((r["step"] for r in read_metrics(out / "metrics.jsonl")), default=0)
+
+
+def wait_until(command: Any, is_true: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + HANG_LIMIT_S
-    while max((r["step"] for r in read_metrics(out / "metrics.jsonl")), default=0) < step:
+    while not is_true():
         assert command.process.poll() is None, f"ended early:\n{command.process.communicate()[0]}"
-        assert time.monotonic() < deadline, f"waited {HANG_LIMIT_S} s for step {step}"
+        assert time.monotonic() < deadline, f"waited {HANG_LIMIT_S} s for {what}"
         time.sleep(0.01)
 
 
@@ -109,10 +113,15 @@ def test_sigterm_saves_after_the_step_under_way_and_the_same_command_goes_on(
         run = tmp_path / victim
         config = tiny_recipe(run, save_every=None, eval_every=None)
         command = commands("pretrain", config)
-        wait_for_step(command, run, 2)
-        before = read_metrics(run / "metrics.jsonl")[-1]["step"]
-        (pid,) = command.processes("RayTrainWorker") if victim == "worker" else [command.process.pid]
-        os.kill(pid, signal.SIGTERM)
+        command.wait_for(run / "metrics.jsonl")
+        wait_until(command, lambda: last_step(run) >= 2, "step 2")
+        (worker,) = command.processes("RayTrainWorker")
+        os.kill(worker, signal.SIGSTOP)  # lest it be done before a busy machine lets the signal through
+        before = last_step(run)
+        os.kill(worker if victim == "worker" else command.process.pid, signal.SIGTERM)
+        if victim == "driver":
+            wait_until(command, StopRequest(run, look_every_s=0).is_asked, "the request to stop")
+        os.kill(worker, signal.SIGCONT)
         output, _ = command.process.communicate(timeout=HANG_LIMIT_S)
         assert command.process.returncode == 0, output
         saved = open_checkpoint(run).step
