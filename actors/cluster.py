@@ -50,23 +50,21 @@ class Cluster:
         """Total of a resource ("CPU", "GPU") over the nodes alive now."""
         return int(ray.cluster_resources().get(resource, 0))
 
+    def most_on_a_node(self, resource: str) -> int:
+        """The most of a resource that one actor can have."""
+        return int(max((node["Resources"].get(resource, 0) for node in ray.nodes() if node["Alive"]), default=0))
+
     def wait_for_room(
         self, bundles: Sequence[Mapping[str, float]], timeout_s: float, cure: str = "ask for fewer workers or less each"
     ) -> None:
-        """Return once the cluster has the resources of all `bundles` together.
+        """Return once the cluster's nodes have the resources of all `bundles`, each on one node.
 
         A cluster that can grow is asked to and waited for, with a line that says for what. Raises ValueError
         when our own one-machine cluster is too small, TimeoutError when the other stays so.
         """
-        wanted: dict[str, float] = {}
-        for bundle in bundles:
-            for name, amount in bundle.items():
-                wanted[name] = wanted.get(name, 0) + amount
 
         def lacking() -> str:
-            have = ray.cluster_resources()
-            short = {name: n for name, n in wanted.items() if have.get(name, 0) < n}
-            return ", ".join(f"{n:g} {name} (there are {have.get(name, 0):g})" for name, n in short.items())
+            return tell_what_lacks(bundles, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
         if not lacking():
             return
@@ -84,6 +82,32 @@ class Cluster:
                 time.sleep(1.0)
         finally:
             request_resources(bundles=[])
+
+
+def tell_what_lacks(bundles: Sequence[Mapping[str, float]], nodes: Sequence[Mapping[str, float]]) -> str:
+    """In words: what `nodes`, with nothing on them, would lack to hold `bundles`, none of them split; empty if nothing.
+
+    The largest are placed first, each on the first node that has room for it.
+    """
+    names = sorted({name for bundle in bundles for name in bundle})
+    rooms = [{name: node.get(name, 0.0) for name in names} for node in nodes]
+    homeless = []
+    for bundle in sorted(bundles, key=lambda b: (b.get("GPU", 0), b.get("CPU", 0)), reverse=True):
+        # Shares such as a third add up to a little more than the whole.
+        room = next((r for r in rooms if all(r[name] + 1e-6 >= n for name, n in bundle.items())), None)
+        if room is None:
+            homeless.append(bundle)
+            continue
+        for name, amount in bundle.items():
+            room[name] -= amount
+    if not homeless:
+        return ""
+    wanted, have = ({name: sum(x.get(name, 0) for x in xs) for name in names} for xs in (bundles, nodes))
+    if short := [f"{wanted[n]:g} {n} (there are {have[n]:g})" for n in names if wanted[n] > have[n] + 1e-6]:
+        return ", ".join(short)
+    each = " and ".join(f"{amount:g} {name}" for name, amount in sorted(homeless[0].items()))
+    largest = ", ".join(f"{max(node.get(name, 0) for node in nodes):g} {name}" for name in sorted(homeless[0]))
+    return f"{len(homeless)} x {each}, each on one node (the largest nodes have {largest})"
 
 
 @dataclass(frozen=True)
@@ -147,14 +171,16 @@ def _place(
     takes_turns: bool,
 ) -> list[Placement]:
     num_cores, num_actors = ray_cluster.count("CPU"), sum(g.num_actors for g in groups)
+    most = ray_cluster.most_on_a_node("CPU")
     placements = []
     for group, gpu_share in zip(groups, gpu_shares, strict=True):
         if group.device == "cuda" or (group.device == "auto" and has_gpus):
             placements.append(Placement(float(group.num_cpus or 1), gpu_share, 0))
             continue
-        claim = group.num_cpus or num_cores / (len(groups) * group.num_actors if takes_turns else num_actors)
+        share = num_cores / (len(groups) * group.num_actors if takes_turns else num_actors)
+        claim = group.num_cpus or min(share, most)
         claim = float(int(claim)) if claim >= 1 else int(claim * 100) / 100  # Ray takes fractions below 1 only
-        num_threads = num_cores // group.num_actors if takes_turns else int(claim)
+        num_threads = min(num_cores // group.num_actors, most) if takes_turns else int(claim)
         placements.append(Placement(claim, 0, group.num_cpus or max(1, num_threads)))
     bundles = [
         {"CPU": p.num_cpus} | ({"GPU": p.num_gpus} if p.num_gpus else {})

@@ -163,7 +163,8 @@ def _run_fit(
 def plan_placement(workers: WorkersConfig, ray_cluster: cluster.Cluster) -> ScalingConfig:
     """Which resources each worker gets; waits for a growing cluster to have them."""
     use_gpu = workers.device == "cuda" or (workers.device == "auto" and ray_cluster.count("GPU") >= workers.num_workers)
-    cpus = workers.cpus_per_worker or (1 if use_gpu else max(1, ray_cluster.count("CPU") // workers.num_workers))
+    share = min(ray_cluster.count("CPU") // workers.num_workers, ray_cluster.most_on_a_node("CPU"))
+    cpus = workers.cpus_per_worker or (1 if use_gpu else max(1, share))
     resources = {"CPU": float(cpus)} | ({"GPU": 1.0} if use_gpu else {})
     ray_cluster.wait_for_room([resources] * workers.num_workers, workers.placement_timeout_s)
     return ScalingConfig(num_workers=workers.num_workers, use_gpu=use_gpu, resources_per_worker=resources)
