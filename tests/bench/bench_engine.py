@@ -204,14 +204,16 @@ def limit_tokens_per_s(model: GPT, work: Work, num_rows: int) -> tuple[float, fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 prompts, one run each: shows that it works")
+    parser.add_argument("--quick", action="store_true", help="depth 2, 2 prompts, one run each: shows that it works")
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--num-slots", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
+    if args.quick:
+        args.depths, args.repeats = [2], 1
     runtime = build_runtime(args.device)
-    device, repeats = runtime.device, 1 if args.quick else args.repeats
+    device = runtime.device
     work, tokenizer = build_work(2 if args.quick else NUM_PROMPTS)
     lengths = sum(work.lengths, [])
     print(
@@ -221,7 +223,7 @@ def main() -> None:
     )
     result: dict[str, float] = {}
     for depth in args.depths:
-        result |= bench_depth(depth, work, tokenizer, device, runtime.dtype, args.num_slots, repeats)
+        result |= bench_depth(depth, work, tokenizer, device, runtime.dtype, args.num_slots, args.repeats)
     print(json.dumps({key: round(value, 3) for key, value in sorted(result.items())}))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parent
-ENGINE_KEYS = {f"{name}.d{depth}" for name in ("speedup", "speedup_same_dtype", "limit_share") for depth in (4, 8)}
+ENGINE_KEYS = {f"{name}.d2" for name in ("speedup", "speedup_same_dtype", "limit_share")}
 TRAIN_KEYS = {f"{name}.d2" for name in ("speedup", "speedup_same_dtype", "limit_share", "memory_ratio")}
 OVERLAP_KEYS = {f"overlap.{name}" for name in ("k1_over_k0", "bound", "k1_over_busier_side")}
 RL_KEYS = {"speedup.k0", "speedup_same_dtype.k0", *OVERLAP_KEYS, "phase_share"}
