@@ -6,8 +6,9 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -151,31 +152,47 @@ class Transfer:
         return first
 
 
+class Turns:
+    """Which of the calls to a receiver must end before the next may begin. Ray begins the calls of an async actor in
+    any order, and weights must not overtake each other."""
+
+    def __init__(self) -> None:
+        self._last: dict[Any, Any] = {}
+
+    def call(self, receiver: Any, begin: Callable[[list[Any]], Any]) -> Any:
+        """The reference that `begin` returns, given those of calls that must end before."""
+        last = self._last.get(receiver)
+        is_over = last is None or bool(ray.wait([last], timeout=0)[0])
+        ref = self._last[receiver] = begin([] if is_over else [last])
+        return ref
+
+
 class ObjectStoreChannel:
     """Through Ray's object store: shared memory on one node, one transfer to each other node. The newest weights stay
     in the store, for those that come late: one copy of them."""
 
     def __init__(self) -> None:
         self._newest: tuple[int, Any, Any, Any] | None = None
+        self._turns = Turns()
 
     def start(self, source: Any, number: int, receivers: Sequence[Any], timeout_s: float) -> Transfer:
         packet, num_bytes = source.pack_weights.remote(number)
         self._newest = number, source, packet, num_bytes
-        return send_packet(number, source, packet, num_bytes, receivers, timeout_s)
+        return send_packet(*self._newest, receivers, self._turns, timeout_s)
 
     def pull(self, receiver: Any, timeout_s: float) -> Transfer | None:
-        return None if self._newest is None else send_packet(*self._newest, [receiver], timeout_s)
+        return None if self._newest is None else send_packet(*self._newest, [receiver], self._turns, timeout_s)
 
     def close(self) -> None:
         self._newest = None
 
 
 def send_packet(
-    number: int, source: Any, packet: Any, num_bytes: Any, receivers: Sequence[Any], timeout_s: float
+    number: int, source: Any, packet: Any, num_bytes: Any, receivers: Sequence[Any], turns: Turns, timeout_s: float
 ) -> Transfer:
     """Bring a packet of `source` to receivers; `packet` and `num_bytes` are references to it and to its size."""
     # In a list, so that each receiver fetches the packet itself and sees the store's own memory.
-    loads = [receiver.load_weights.remote([packet]) for receiver in receivers]
+    loads = [turns.call(receiver, partial(receiver.load_weights.remote, [packet])) for receiver in receivers]
     return Transfer(number, source, receivers, loads, num_bytes, timeout_s)
 
 

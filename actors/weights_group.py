@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import ray
@@ -21,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from actors.weights import Transfer, send_packet
+from actors.weights import Transfer, Turns, send_packet
 from rayllm.types import WeightsVersion
 
 # The actors give up a little before the driver does, so that it hears from the living who did not come.
@@ -65,6 +66,7 @@ class ProcessGroupChannel:
         self._source: Any = None
         self._number = 0
         self._last: Transfer | None = None
+        self._turns = Turns()
 
     def start(self, source: Any, number: int, receivers: Sequence[Any], timeout_s: float) -> Transfer:
         is_same = source == self._source and self._ranks.keys() == set(receivers)
@@ -75,7 +77,10 @@ class ProcessGroupChannel:
         offer = source.offer_weights.remote(number)
         sent = source.send_weights.remote(number, meeting, actors_timeout_s)
         loads = [
-            receiver.receive_weights.remote([offer], meeting, self._ranks[receiver], actors_timeout_s)
+            self._turns.call(
+                receiver,
+                partial(receiver.receive_weights.remote, [offer], meeting, self._ranks[receiver], actors_timeout_s),
+            )
             for receiver in receivers
         ]
         self._last, self._number = Transfer(number, source, receivers, loads, sent, timeout_s), number
@@ -85,7 +90,7 @@ class ProcessGroupChannel:
         if self._source is None:
             return None
         packet, num_bytes = self._source.pack_offered.remote()
-        return send_packet(self._number, self._source, packet, num_bytes, [receiver], timeout_s)
+        return send_packet(self._number, self._source, packet, num_bytes, [receiver], self._turns, timeout_s)
 
     def close(self) -> None:
         for actor in (self._source, *self._ranks):

@@ -90,11 +90,13 @@ class WeightsReceiver:
 
     def __init__(self, load: Callable[[Mapping[str, Tensor], int], None], device: torch.device | str = "cpu") -> None:
         self._weights_load, self._weights_device = load, torch.device(device)
-        self._weights_lock = asyncio.Lock()  # versions are loaded in the order in which they were sent
+        self._weights_lock = asyncio.Lock()
         self._weights_group: Group | None = None
 
-    async def load_weights(self, packets: Sequence[Any]) -> WeightsVersion:
-        """Take one packet, or a reference to one. Raises ValueError when it is damaged or of another model."""
+    async def load_weights(self, packets: Sequence[Any], earlier: Sequence[Any] = ()) -> WeightsVersion:
+        """Take one packet, or a reference to one, once the `earlier` calls have ended. Raises ValueError when it is
+        damaged or of another model."""
+        await asyncio.gather(*earlier, return_exceptions=True)
         async with self._weights_lock:
             packet = packets[0] if isinstance(packets[0], Packet) else await packets[0]
             state = await asyncio.to_thread(unpack, packet)
@@ -103,13 +105,15 @@ class WeightsReceiver:
             return version
 
     async def receive_weights(
-        self, offers: Sequence[Any], meeting: Meeting, rank: int, timeout_s: float
+        self, offers: Sequence[Any], meeting: Meeting, rank: int, timeout_s: float, earlier: Sequence[Any] = ()
     ) -> WeightsVersion:
-        """Take part as `rank` in the broadcast of one offer, or of a reference to one.
+        """Take part as `rank` in the broadcast of one offer, or of a reference to one, once the `earlier` calls have
+        ended.
 
         Raises TimeoutError or ConnectionError, saying for whom or what, and as `load_weights` does.
         """
         deadline_s = time.monotonic() + timeout_s
+        await asyncio.gather(*earlier, return_exceptions=True)
         async with self._weights_lock:
             try:
                 async with asyncio.timeout(timeout_s):

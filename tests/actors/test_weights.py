@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import signal
@@ -9,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,7 @@ import ray
 import torch
 from torch import Tensor
 
-from actors.weights import ObjectStoreChannel, Packet, Transfer, WeightsChannel, pack, unpack
+from actors.weights import ObjectStoreChannel, Packet, Transfer, Turns, WeightsChannel, pack, unpack
 from actors.weights_group import Offer, ProcessGroupChannel, choose_backend
 from actors.weights_roles import WeightsReceiver, WeightsSender
 
@@ -70,6 +72,7 @@ class Receiver(WeightsReceiver):
         super().__init__(self._take)
         self.state: Mapping[str, Tensor] = {}
         self.number = -1
+        self.is_open = asyncio.Event()
 
     def _take(self, state: Mapping[str, Tensor], number: int) -> None:
         if "wide" not in state:
@@ -85,6 +88,12 @@ class Receiver(WeightsReceiver):
             for name, weight in right.items()
             if self.state[name].dtype != weight.dtype or not torch.equal(self.state[name], weight)
         ]
+
+    async def wait_until_open(self) -> None:
+        await asyncio.wait_for(self.is_open.wait(), TIMEOUT_S)
+
+    async def open(self) -> None:
+        self.is_open.set()
 
     async def pid(self) -> int:
         return os.getpid()
@@ -159,6 +168,19 @@ def test_two_on_their_way_arrive_in_order(stage: Stage, channel: WeightsChannel)
     transfers = [stage.send(channel, number) for number in (3, 4)]
     assert [transfer.wait().number for transfer in transfers] == [3, 4]
     assert find_wrong(stage.receivers[:2], 4) == [[], []]
+
+
+def test_weights_do_not_overtake_each_other(stage: Stage) -> None:
+    """Ray may begin the later of two calls first: then it waits for the other."""
+    receiver, gate = stage.receivers[0], stage.receivers[2]
+    turns = Turns()
+    turns.call(receiver, lambda earlier: gate.wait_until_open.remote())
+    later = turns.call(receiver, partial(receiver.load_weights.remote, [pack(weights(4), 4)]))
+    ray.get(receiver.load_weights.remote([pack(weights(3), 3)]), timeout=TIMEOUT_S)
+    assert find_wrong([receiver], 3) == [[]]
+    gate.open.remote()
+    ray.get(later, timeout=TIMEOUT_S)
+    assert find_wrong([receiver], 4) == [[]]
 
 
 def test_damage_is_named_and_nothing_of_it_is_loaded(stage: Stage, channel: WeightsChannel) -> None:
