@@ -141,6 +141,19 @@ def test_sigterm_saves_after_the_step_under_way_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
+def test_a_killed_worker_is_replaced(uninterrupted, tiny_recipe: Recipe, commands, tmp_path: Path) -> None:
+    _, expected = uninterrupted
+    command = commands("pretrain", tiny_recipe(tmp_path / "run"))
+    command.wait_for(tmp_path / "run" / "checkpoints" / "step_000004")
+    for pid in command.processes("RayTrainWorker"):
+        os.kill(pid, signal.SIGKILL)
+    output, _ = command.process.communicate(timeout=HANG_LIMIT_S)
+    assert command.process.returncode == 0, output
+    assert "starting them again from the last checkpoint (1 of at most 3 times)" in output
+    assert weights(tmp_path / "run") == weights(expected)
+
+
+@pytest.mark.slow
 def test_a_diverging_run_says_so_once_and_is_not_tried_again(
     ray_session: None, tiny_recipe: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
