@@ -163,9 +163,8 @@ def test_killed_at_any_step_it_ends_with_the_same_weights(
     """SIGKILL to everything at some moment after the second checkpoint; the same command goes on."""
     held_out = replace(small.rl.validation, num_examples=16)
     config = replace(small.rl, num_steps=6, save_every=1, keep_checkpoints=9, validation=held_out)
-    whole = replace(config, out=str(tmp_path / "whole"))
-    undisturbed = commands("rl", whole)
-    assert undisturbed.process.wait(timeout=240) == 0
+    whole = tmp_path / "whole"
+    teach(config, whole)
     killed = replace(config, out=str(tmp_path / "killed"))
     first = commands("rl", killed)
     first.wait_for(tmp_path / "killed" / "checkpoints" / "step_000002")
@@ -174,7 +173,7 @@ def test_killed_at_any_step_it_ends_with_the_same_weights(
     again = commands("rl", killed)
     output, _ = again.process.communicate(timeout=240)
     assert again.process.returncode == 0 and "resuming" in output, output
-    states = [load_file(open_checkpoint(c.out).path / "model.safetensors") for c in (whole, killed)]
+    states = [load_file(open_checkpoint(out).path / "model.safetensors") for out in (whole, killed.out)]
     assert states[0].keys() == states[1].keys()
     for name, tensor in states[0].items():
         assert tensor.numpy().tobytes() == states[1][name].numpy().tobytes(), name
