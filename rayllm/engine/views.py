@@ -19,12 +19,12 @@ from torch import Tensor
 from rayllm.engine.scheduler import Chunk
 from rayllm.model.attention import (
     FlashFunction,
-    attend,
     attend_to_part,
     attend_with_flash,
     join_parts,
     visibility,
 )
+from rayllm.model.backends import attend_with_sdpa
 from rayllm.model.kv_cache import KVCache, held_positions
 
 
@@ -64,7 +64,7 @@ class ChunkView:
         self._cache.store(layer_idx, self._stored_rows_N, self._stored_positions_N, k_NKE, v_NKE)
         window = self._cache.config.windows[layer_idx]
         if self._is_fresh:
-            return attend(q_BTHE, k_BTKE, v_BTKE, window)
+            return attend_with_sdpa(q_BTHE, k_BTKE, v_BTKE, window)
         own = self._part(layer_idx, q_BTHE, self._cache, self._rows_B, self._end_B1, self._num_keys)
         if not self._is_own:
             return own[0]

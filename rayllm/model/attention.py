@@ -1,4 +1,4 @@
-"""Causal sliding-window attention. A window of w sees w tokens back and the token itself.
+"""Attention of the engine: to parts of what a row sees, that are then joined.
 
 Shapes: B rows, T queries, S keys, H query heads, K kv heads, E head dim.
 """
@@ -8,34 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-
-
-def attend(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, window: int) -> Tensor:
-    """Attend from each query to the keys at most `window` positions before it; returns (B, T, H, E).
-
-    The queries are the last T of S positions. Keys and values of fewer heads than queries are shared among them (GQA).
-    The softmax scale is 1/sqrt(E).
-    """
-    num_queries, num_keys = q_BTHE.size(1), k_BSKE.size(1)
-    num_seen = min(num_keys, num_queries + window)  # older keys are outside every query's window
-    k_BSKE, v_BSKE = k_BSKE[:, num_keys - num_seen :], v_BSKE[:, num_keys - num_seen :]
-    is_causal = num_queries > 1 and num_seen == num_queries and window >= num_seen - 1
-    mask = None
-    if num_queries > 1 and not is_causal:
-        position_T1 = torch.arange(num_seen - num_queries, num_seen, device=q_BTHE.device)[:, None]
-        key_S = torch.arange(num_seen, device=q_BTHE.device)
-        mask = (key_S <= position_T1) & (key_S >= position_T1 - window)
-    y_BHTE = F.scaled_dot_product_attention(
-        q_BTHE.transpose(1, 2),
-        k_BSKE.transpose(1, 2),
-        v_BSKE.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=is_causal,
-        enable_gqa=q_BTHE.size(2) != k_BSKE.size(2),
-    )
-    return y_BHTE.transpose(1, 2)
 
 
 def attend_to_part(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask_BTS: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Useful tokens per second of the engine beside nanochat's scheme, on prompts and response lengths of GSM8K.
 
-    python tests/bench/bench_engine.py [--quick] [--device=cuda --depths=12]
+    python tests/bench/bench_engine.py [--quick] [--processes=2] [--device=cuda --depths=12]
 
 (a) one prompt at a time, in static batches of 8 rows that decode until the slowest has ended, eager, float32;
 (b) the engine: 16 prompts x 16 samples together, in the dtype that is the product's default on this device.
@@ -8,6 +8,9 @@ Same weights, prompts, response lengths; both draw at temperature 1 and stop at 
 as long as GSM8K's reference answer to problem 16 i + j, so that lengths differ within a prompt as they do in the data.
 A useful token is one that belongs to a completion; rows that wait for the slowest make none. The weights are random:
 what a token costs does not depend on them. Runs alternate; the best of each counts, as others share the machine.
+
+With --processes both schemes share prompts, slots and cores out among so many processes, as a recipe with so many
+rollout actors does; a run ends when the last of them has.
 
 The limit is what the machine could do if it did nothing but the matrix products of useful tokens, or nothing but read
 weights, keys and values, whichever takes longer, at rates measured in the same run; `limit_share` is that time's share.
@@ -17,17 +20,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
 from torch import Tensor
 
 from rayllm.config.schema import SamplingConfig
 from rayllm.engine.engine import Engine
 from rayllm.engine.request import Request
-from rayllm.model.attention import attend
 from rayllm.model.config import GPTConfig
 from rayllm.model.gpt import GPT
 from rayllm.runtime import build_runtime
@@ -51,6 +57,10 @@ class Work:
     @property
     def num_tokens(self) -> int:
         return sum(map(sum, self.lengths))
+
+    def share(self, rank: int, world_size: int) -> Work:
+        """Every `world_size`-th prompt, from `rank` on."""
+        return Work(self.prompts[rank::world_size], self.lengths[rank::world_size], self.stop_ids)
 
 
 def build_work(num_prompts: int) -> tuple[Work, Tokenizer]:
@@ -82,6 +92,28 @@ def build_model(depth: int, device: torch.device, dtype: torch.dtype) -> GPT:
             for proj in (block.attn.c_proj, block.mlp.c_proj):
                 proj.weight.normal_(0, width**-0.5, generator=generator)
     return model.to(device=device, dtype=dtype).eval()
+
+
+def attend(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, window: int) -> Tensor:
+    """From each query, the last T of S positions, to the keys at most `window` before it; (B, T, H, E)."""
+    num_queries, num_keys = q_BTHE.size(1), k_BSKE.size(1)
+    num_seen = min(num_keys, num_queries + window)  # older keys are outside every query's window
+    k_BSKE, v_BSKE = k_BSKE[:, num_keys - num_seen :], v_BSKE[:, num_keys - num_seen :]
+    is_causal = num_queries > 1 and num_seen == num_queries and window >= num_seen - 1
+    mask = None
+    if num_queries > 1 and not is_causal:
+        position_T1 = torch.arange(num_seen - num_queries, num_seen, device=q_BTHE.device)[:, None]
+        key_S = torch.arange(num_seen, device=q_BTHE.device)
+        mask = (key_S <= position_T1) & (key_S >= position_T1 - window)
+    y_BHTE = F.scaled_dot_product_attention(
+        q_BTHE.transpose(1, 2),
+        k_BSKE.transpose(1, 2),
+        v_BSKE.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=is_causal,
+        enable_gqa=q_BTHE.size(2) != k_BSKE.size(2),
+    )
+    return y_BHTE.transpose(1, 2)
 
 
 class StaticCache:
@@ -164,15 +196,27 @@ def run_engine(engine: Engine, work: Work) -> int:
 
 
 def measure(run: Callable[[], int], device: torch.device) -> float:
-    """Useful tokens per second."""
+    """Useful tokens per second of all processes together."""
+    over_processes([0.0], dist.ReduceOp.MAX)  # they start together
     start = time.perf_counter()
     num_tokens = run()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return num_tokens / (time.perf_counter() - start)
+    (seconds,) = over_processes([time.perf_counter() - start], dist.ReduceOp.MAX)
+    return over_processes([num_tokens], dist.ReduceOp.SUM)[0] / seconds
+
+
+def over_processes(values: Sequence[float], how: dist.ReduceOp.RedOpType) -> list[float]:
+    """The values of all processes as one, in each of them; waits for the others."""
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total, how)
+    reduced: list[float] = total.tolist()
+    return reduced
 
 
 def best_rate(run: Callable[[], object], amount: float, device: torch.device, seconds: float = 1.0) -> float:
+    """Of one process, while the others do the same."""
+    over_processes([0.0], dist.ReduceOp.MAX)
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         start = time.perf_counter()
@@ -207,31 +251,49 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="depth 2, 2 prompts, one run each: shows that it works")
     parser.add_argument("--depths", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--num-slots", type=int, default=256)
+    parser.add_argument("--num-slots", type=int, default=256, help="of all processes together")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args()
     if args.quick:
         args.depths, args.repeats = [2], 1
+    with tempfile.TemporaryDirectory() as folder:
+        if args.processes == 1:
+            run_as_one_of(0, args, folder)
+        else:
+            mp.spawn(run_as_one_of, (args, folder), nprocs=args.processes)
+
+
+def run_as_one_of(rank: int, args: argparse.Namespace, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=args.processes)
+    torch.set_num_threads(max(1, torch.get_num_threads() // args.processes))
     runtime = build_runtime(args.device)
     device = runtime.device
     work, tokenizer = build_work(2 if args.quick else NUM_PROMPTS)
     lengths = sum(work.lengths, [])
-    print(
+    tell = print if rank == 0 else lambda *_, **__: None
+    tell(
         f"{len(work.prompts)} prompts of {min(map(len, work.prompts))}-{max(map(len, work.prompts))} tokens x "
         f"{NUM_SAMPLES} samples of {min(lengths)}-{max(lengths)}, mean {work.num_tokens / len(lengths):.0f}; "
-        f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        f"{device}, {args.processes} x {torch.get_num_threads()} threads, torch {torch.__version__}",
     )
+    work = work.share(rank, args.processes)
     result: dict[str, float] = {}
     for depth in args.depths:
-        result |= bench_depth(depth, work, tokenizer, device, runtime.dtype, args.num_slots, args.repeats)
-    print(json.dumps({key: round(value, 3) for key, value in sorted(result.items())}))
+        table, keys = bench_depth(depth, work, tokenizer, device, runtime.dtype, args)
+        tell(table, flush=True)
+        result |= keys
+    tell(json.dumps({key: round(value, 3) for key, value in sorted(result.items())}))
+    dist.destroy_process_group()
 
 
 def bench_depth(
-    depth: int, work: Work, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype, num_slots: int, repeats: int
-) -> dict[str, float]:
+    depth: int, work: Work, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype, args: argparse.Namespace
+) -> tuple[str, dict[str, float]]:
+    """A table to print, and the keys of the last line."""
     baseline = build_model(depth, device, torch.float32)
     dtypes = list(dict.fromkeys([dtype, torch.float32]))
+    num_slots = args.num_slots // args.processes
 
     def build_engine(model: GPT) -> Engine:
         return Engine(model.lay_out_for_inference(), tokenizer, num_slots=num_slots, max_len=CONTEXT_LEN, repeats=True)
@@ -239,25 +301,24 @@ def bench_depth(
     models = {d: build_model(depth, device, d) for d in dtypes}
     engines = {d: build_engine(model) for d, model in models.items()}
     rates: dict[str, list[float]] = {}
-    for _ in range(repeats):
+    for _ in range(args.repeats):
         rates.setdefault("static", []).append(measure(lambda: run_static(baseline, work), device))
         for d, engine in engines.items():
             rates.setdefault(str(d), []).append(measure(lambda engine=engine: run_engine(engine, work), device))  # type: ignore[misc]
     best = {name: max(values) for name, values in rates.items()}
-    by_products, by_reads = limit_tokens_per_s(models[dtype], work, num_slots)
+    by_products, by_reads = over_processes(limit_tokens_per_s(models[dtype], work, num_slots), dist.ReduceOp.SUM)
     limit = min(by_products, by_reads)
     share = best[str(dtype)] / limit
-    print(f"\ndepth {depth}, width {HEAD_DIM * depth}            useful tokens/s   times (a)     runs")
-    print(_row("(a) static, 8 rows, float32", best["static"], best["static"], rates["static"]))
-    for d in dtypes:
-        print(_row(f"(b) engine, {num_slots} slots, {str(d)[6:]}", best[str(d)], best["static"], rates[str(d)]))
+    engines_are = f"(b) engine, {num_slots} slots" if args.processes == 1 else f"(b) {args.processes} engines"
     kind = "products" if limit == by_products else "reads"
-    print(
+    table = [
+        f"\ndepth {depth}, width {HEAD_DIM * depth}            useful tokens/s   times (a)     runs",
+        _row("(a) static, 8 rows, float32", best["static"], best["static"], rates["static"]),
+        *(_row(f"{engines_are}, {str(d)[6:]}", best[str(d)], best["static"], rates[str(d)]) for d in dtypes),
         f"limit ({kind}; products {by_products:,.0f}, reads {by_reads:,.0f}): the engine reaches {share:.0%}; "
         f"the limit itself is {limit / best['static']:.1f} times (a)",
-        flush=True,
-    )
-    return {
+    ]
+    return "\n".join(table), {
         f"speedup.d{depth}": best[str(dtype)] / best["static"],
         f"speedup_same_dtype.d{depth}": best[str(torch.float32)] / best["static"],
         f"limit_share.d{depth}": share,

@@ -21,13 +21,22 @@ RL_KEYS = {"speedup.k0", "speedup_same_dtype.k0", *OVERLAP_KEYS, "phase_share"}
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("script", "keys"), [("bench_engine.py", ENGINE_KEYS), ("bench_train.py", TRAIN_KEYS), ("bench_rl.py", RL_KEYS)]
+    ("script", "flags", "keys"),
+    [
+        ("bench_engine.py", ["--processes=2"], ENGINE_KEYS),
+        ("bench_train.py", [], TRAIN_KEYS),
+        ("bench_rl.py", [], RL_KEYS),
+    ],
 )
-def test_the_last_line_is_the_result(script: str, keys: set[str]) -> None:
+def test_the_last_line_is_the_result(script: str, flags: list[str], keys: set[str]) -> None:
     if script == "bench_engine.py" and not (Path(os.environ.get("RAYLLM_DATA_DIR", "")) / "gsm8k").is_dir():
         pytest.skip("RAYLLM_DATA_DIR has no gsm8k, whose prompts and lengths this benchmark is made of")
     done = subprocess.run(
-        [sys.executable, str(BENCH / script), "--quick"], capture_output=True, text=True, timeout=840, check=False
+        [sys.executable, str(BENCH / script), "--quick", *flags],
+        capture_output=True,
+        text=True,
+        timeout=840,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])

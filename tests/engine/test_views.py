@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import cycle
 
 import numpy as np
@@ -18,7 +19,7 @@ from rayllm.engine.runner import ModelRunner
 from rayllm.engine.scheduler import Chunk, Keep, Move, PromptCopy, Start, batches
 from rayllm.engine.sequence import Dialect, SequenceState
 from rayllm.engine.views import ChunkView
-from rayllm.model.attention import attend, attend_to_part, join_parts, visibility
+from rayllm.model.attention import attend_to_part, join_parts, visibility
 from rayllm.model.gpt import GPT
 from rayllm.model.kv_cache import KVCache
 from rayllm.types import Prompt
@@ -279,7 +280,10 @@ def test_attention_to_parts_joins_to_attention_to_all(num_rows, num_queries, num
         attend_to_part(q, k[:, part], v[:, part], mask_BTS[..., part]) for part in parts if part.stop > part.start
     ]
     joined = join_parts(results[0], results[1]) if len(results) == 2 else results[0][0]
-    torch.testing.assert_close(joined, attend(q, k, v, window), atol=1e-12, rtol=0)
+    k, v = (x.repeat_interleave(num_heads // num_kv_heads, dim=2) for x in (k, v))
+    scores_BHTS = torch.einsum("bthe,bshe->bhts", q, k) / math.sqrt(8) + mask_BTS[:, None]
+    expected = torch.einsum("bhts,bshe->bthe", scores_BHTS.softmax(dim=-1), v)
+    torch.testing.assert_close(joined, expected, atol=1e-12, rtol=0)
 
 
 def test_a_cache_longer_than_the_model_has_positions_is_refused(lab) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rayllm.model.attention import attend
+from rayllm.model.backends import attend_with_sdpa
 from rayllm.model.config import GPTConfig
 from rayllm.model.gpt import GPT
 
@@ -28,25 +28,24 @@ def random_tokens(model: GPT, num_rows: int, num_tokens: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("window", [0, 1, 3, 7, 100])
-@pytest.mark.parametrize("num_queries", [1, 4, 9])
+@pytest.mark.parametrize("num_tokens", [1, 4, 9])
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-def test_attend_matches_definition(window, num_queries, num_kv_heads) -> None:
+def test_attention_matches_its_definition(window, num_tokens, num_kv_heads) -> None:
     generator = torch.Generator().manual_seed(0)
-    num_keys, num_heads, head_dim = 9, 4, 8
+    num_heads, head_dim = 4, 8
     q, k, v = (
-        torch.randn(2, t, h, head_dim, generator=generator, dtype=torch.float64)
-        for t, h in ((num_queries, num_heads), (num_keys, num_kv_heads), (num_keys, num_kv_heads))
+        torch.randn(2, num_tokens, h, head_dim, generator=generator, dtype=torch.float64)
+        for h in (num_heads, num_kv_heads, num_kv_heads)
     )
     expected = torch.zeros_like(q)
     for b in range(2):
-        for t in range(num_queries):
-            position = num_keys - num_queries + t
-            seen = range(max(0, position - window), position + 1)
+        for t in range(num_tokens):
+            seen = range(max(0, t - window), t + 1)
             for h in range(num_heads):
                 g = h // (num_heads // num_kv_heads)
                 scores = torch.stack([q[b, t, h] @ k[b, s, g] for s in seen]) / math.sqrt(head_dim)
                 expected[b, t, h] = scores.softmax(0) @ torch.stack([v[b, s, g] for s in seen])
-    torch.testing.assert_close(attend(q, k, v, window), expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(attend_with_sdpa(q, k, v, window), expected, atol=1e-12, rtol=0)
 
 
 def test_future_tokens_change_nothing() -> None:
