@@ -161,11 +161,11 @@ class ModelRunner:
         numbers_5B[:, :num_rows] = np.array([sequence.run_next() for sequence in running]).T
         prompt_B = numbers_5B[4, :num_rows].copy()
         own_B = (numbers_5B[2] - numbers_5B[3])[:num_rows]
-        first_prompt = 0 if is_static else int(prompt_B.min())
+        first_prompt = 0 if is_static else int(np.min(prompt_B))
         count_P = np.bincount(prompt_B - first_prompt)
         nth_B = np.empty(num_rows, dtype=np.int64)  # each row's place among those of its prompt
         nth_B[np.argsort(prompt_B, kind="stable")] = np.concatenate([np.arange(count) for count in count_P])
-        num_prompts, num_samples = len(count_P), int(count_P.max())
+        num_prompts, num_samples = len(count_P), int(np.max(count_P))
         if is_static:
             num_prompts, num_samples = max(self._most[0], num_prompts), max(self._most[1], num_samples)
             self._most = (num_prompts, num_samples)
