@@ -34,6 +34,7 @@ from torch import Tensor
 from rayllm.config.schema import SamplingConfig
 from rayllm.engine.engine import Engine
 from rayllm.engine.request import Request
+from rayllm.model.backends import attend_with_sdpa
 from rayllm.model.config import GPTConfig
 from rayllm.model.gpt import GPT
 from rayllm.runtime import build_runtime
@@ -94,28 +95,6 @@ def build_model(depth: int, device: torch.device, dtype: torch.dtype) -> GPT:
     return model.to(device=device, dtype=dtype).eval()
 
 
-def attend(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, window: int) -> Tensor:
-    """From each query, the last T of S positions, to the keys at most `window` before it; (B, T, H, E)."""
-    num_queries, num_keys = q_BTHE.size(1), k_BSKE.size(1)
-    num_seen = min(num_keys, num_queries + window)  # older keys are outside every query's window
-    k_BSKE, v_BSKE = k_BSKE[:, num_keys - num_seen :], v_BSKE[:, num_keys - num_seen :]
-    is_causal = num_queries > 1 and num_seen == num_queries and window >= num_seen - 1
-    mask = None
-    if num_queries > 1 and not is_causal:
-        position_T1 = torch.arange(num_seen - num_queries, num_seen, device=q_BTHE.device)[:, None]
-        key_S = torch.arange(num_seen, device=q_BTHE.device)
-        mask = (key_S <= position_T1) & (key_S >= position_T1 - window)
-    y_BHTE = F.scaled_dot_product_attention(
-        q_BTHE.transpose(1, 2),
-        k_BSKE.transpose(1, 2),
-        v_BSKE.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=is_causal,
-        enable_gqa=q_BTHE.size(2) != k_BSKE.size(2),
-    )
-    return y_BHTE.transpose(1, 2)
-
-
 class StaticCache:
     """Keys and values of rows that all stand at the same position: slices, no masks."""
 
@@ -140,7 +119,13 @@ class StaticCache:
         k, v = self._layers[layer_idx]
         start = self.length - q_BTHE.size(1)
         k[:, start : self.length], v[:, start : self.length] = k_BTKE, v_BTKE
-        return attend(q_BTHE, k[:, : self.length], v[:, : self.length], self._windows[layer_idx])
+        window = self._windows[layer_idx]
+        if start == 0:
+            return attend_with_sdpa(q_BTHE, k_BTKE, v_BTKE, window)
+        assert q_BTHE.size(1) == 1, "behind its prompt a row goes on token by token"
+        seen = slice(max(0, start - window), self.length)
+        rows = (x.transpose(1, 2) for x in (q_BTHE, k[:, seen], v[:, seen]))
+        return F.scaled_dot_product_attention(*rows).transpose(1, 2)
 
     def expand(self, prompt: StaticCache) -> None:
         """Start all rows from a prompt's one."""
